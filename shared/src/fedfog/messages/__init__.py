@@ -1,0 +1,1 @@
+"""What travels: schemas, topics and the wire format."""

@@ -1,0 +1,184 @@
+"""Wire format of every message that carries tensors: one valid `.safetensors` file.
+
+Layout (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON
+header, then the tensors. FedFog keeps its own fields as one JSON string under the key `fedfog` of
+the header's `__metadata__`, and lays all tensors out in order of their names without a gap, so
+that the body is one flat float32 vector that can be read without a copy.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+MAX_HEADER_BYTES = 1 << 20
+_LENGTH = 8
+
+Vector = NDArray[np.float32]
+M = TypeVar("M", bound=BaseModel)
+
+
+class CodecError(ValueError):
+    """The payload is not a message of this format; the text says why."""
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """Names and shapes of a model's float32 tensors, in order of their names."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, NDArray[Any]]) -> "TensorTable":
+        return cls(tuple((name, tuple(tensors[name].shape)) for name in sorted(tensors)))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @cached_property
+    def header(self) -> dict[str, dict[str, Any]]:
+        """The tensors' part of the safetensors header."""
+        entries: dict[str, dict[str, Any]] = {}
+        start = 0
+        for name, shape in self.shapes:
+            end = start + 4 * math.prod(shape)
+            entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+            start = end
+        return entries
+
+    def flatten(self, tensors: Mapping[str, NDArray[np.float32]]) -> Vector:
+        """One float32 vector of shape (num_parameters,) out of this table's tensors."""
+        return np.concatenate([np.ravel(tensors[name]) for name, _ in self.shapes]).astype(
+            np.float32, copy=False
+        )
+
+    def unflatten(self, vector: Vector) -> dict[str, Vector]:
+        """Views of `vector` with this table's names and shapes."""
+        tensors: dict[str, Vector] = {}
+        start = 0
+        for name, shape in self.shapes:
+            end = start + math.prod(shape)
+            tensors[name] = vector[start:end].reshape(shape)
+            start = end
+        return tensors
+
+
+@dataclass(frozen=True)
+class TensorMessage(Generic[M]):
+    """A decoded message: its fields, its tensor table and the flat float32 body (read-only)."""
+
+    meta: M
+    table: TensorTable
+    vector: Vector
+
+
+def digest_of(vector: Vector) -> str:
+    """SHA-256 of the tensors' bytes, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(vector, np.float32).data).hexdigest()
+
+
+def encode(meta: BaseModel, table: TensorTable, vector: Vector) -> bytes:
+    """The message as bytes. `vector` is float32 of shape (table.num_parameters,)."""
+    fields = {"__metadata__": {"fedfog": meta.model_dump_json()}}
+    header = json.dumps(fields | table.header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _LENGTH)
+    body = np.ascontiguousarray(vector, np.float32)
+    return b"".join((len(header).to_bytes(_LENGTH, "little"), header, body.data))
+
+
+def decode(
+    payload: bytes, schema: type[M], expected: TensorTable | None = None
+) -> TensorMessage[M]:
+    """Read a message without copying its tensors.
+
+    Nothing is allocated from a size that the payload claims. With `expected`, the tensor table
+    must be that one; without, any table of gapless float32 tensors in order of names is taken.
+
+    Raises:
+        CodecError: if the payload is anything else.
+    """
+    header, body = _split(payload)
+    meta = _meta(header, schema)
+    if expected is not None:
+        if header != expected.header:
+            raise CodecError("the tensor table (names, dtypes, shapes) is not the model's")
+        table = expected
+    else:
+        table = _table(header)
+    if len(payload) - body != 4 * table.num_parameters:
+        raise CodecError(f"{len(payload) - body} bytes of tensors, not {4 * table.num_parameters}")
+    return TensorMessage(meta, table, np.frombuffer(payload, np.float32, offset=body))
+
+
+def decode_meta(payload: bytes, schema: type[M]) -> M:
+    """Only the fields of a message; its tensors are not looked at.
+
+    Raises:
+        CodecError: if the header is not one of this format.
+    """
+    return _meta(_split(payload)[0], schema)
+
+
+def decode_json(payload: bytes, schema: type[M]) -> M:
+    """Read a message without tensors.
+
+    Raises:
+        CodecError: if the payload does not fit the schema.
+    """
+    try:
+        return schema.model_validate_json(payload)
+    except ValidationError as error:
+        raise CodecError(_first(error)) from error
+
+
+def _split(payload: bytes) -> tuple[dict[str, Any], int]:
+    """Header as a dict, and the offset of the body."""
+    length = int.from_bytes(payload[:_LENGTH], "little")
+    if len(payload) < _LENGTH or length > min(len(payload) - _LENGTH, MAX_HEADER_BYTES):
+        raise CodecError("not a safetensors message: bad header length")
+    try:
+        header = json.loads(payload[_LENGTH : _LENGTH + length])
+    except (ValueError, RecursionError) as error:
+        raise CodecError("not a safetensors message: the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise CodecError("not a safetensors message: the header is not an object")
+    return header, _LENGTH + length
+
+
+def _meta(header: dict[str, Any], schema: type[M]) -> M:
+    """Take the message's own fields out of the header."""
+    metadata = header.pop("__metadata__", None)
+    fields = metadata.get("fedfog") if isinstance(metadata, dict) else None
+    if not isinstance(fields, str):
+        raise CodecError("the header's __metadata__ has no `fedfog` string")
+    try:
+        return schema.model_validate_json(fields)
+    except ValidationError as error:
+        raise CodecError(_first(error)) from error
+
+
+def _table(header: dict[str, Any]) -> TensorTable:
+    try:
+        shapes = tuple((name, tuple(header[name]["shape"])) for name in sorted(header))
+        sound = all(type(n) is int and n >= 0 for _, shape in shapes for n in shape)
+    except (KeyError, TypeError) as error:
+        raise CodecError("the tensor table is malformed") from error
+    table = TensorTable(shapes)
+    if not sound or not shapes or header != table.header:
+        raise CodecError("the tensors are not gapless float32 in order of their names")
+    return table
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong with a message, in a line."""
+    detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in detail["loc"]) or "message"
+    return f"{where}: {detail['msg']}"
