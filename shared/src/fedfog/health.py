@@ -1,0 +1,51 @@
+"""Health of a service as a file that its worker keeps fresh. Standard library only, because
+`python -m fedfog.health` runs in every container every few seconds."""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STALE_SECONDS = 30.0
+BEAT_SECONDS = 5.0
+
+
+def health_file() -> Path:
+    """Where the service's health is (environment variable HEALTH_FILE)."""
+    return Path(os.environ.get("HEALTH_FILE", Path(tempfile.gettempdir()) / "fedfog.health"))
+
+
+class Heartbeat:
+    """Called by the worker's loop; writes at most every few seconds."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path or health_file()
+        self._last = ("", -BEAT_SECONDS)
+
+    def beat(self, state: str) -> None:
+        """The worker is alive; `state` is `ready` or says what it waits for."""
+        now = time.monotonic()
+        if state != self._last[0] or now - self._last[1] >= BEAT_SECONDS:
+            self._path.write_text(state)
+            self._last = (state, now)
+
+
+def main() -> int:
+    """Exit code 0 if the service is alive and ready, 1 with the reason otherwise."""
+    path = health_file()
+    try:
+        age = time.time() - path.stat().st_mtime
+        state = path.read_text()
+    except FileNotFoundError:
+        sys.stderr.write("not started yet\n")
+        return 1
+    if age > STALE_SECONDS:
+        sys.stderr.write(f"no sign of life for {age:.0f} s\n")
+        return 1
+    sys.stdout.write(f"{state}\n")
+    return 0 if state == "ready" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

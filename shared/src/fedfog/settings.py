@@ -1,0 +1,243 @@
+"""All settings: name (of the environment variable, upper case), type, bounds, default, meaning.
+
+`docs/settings.md` and `.env.example` are made from these classes.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from fedfog.messages.schemas import Hyperparameters, Name
+from fedfog.messages.topics import Topics, is_name
+
+EXIT_BAD_SETTING = 2
+
+Seconds = Annotated[float, Field(gt=0)]
+S = TypeVar("S", bound="CommonSettings")
+
+
+class CommonSettings(BaseSettings):
+    """Settings of every service."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    mqtt_broker: str = Field("localhost", description="host name of the MQTT broker")
+    mqtt_port: int = Field(1883, ge=1, le=65535, description="port of the MQTT broker")
+    mqtt_timeout: Seconds = Field(
+        300.0, description="seconds without a broker after which a service gives up"
+    )
+    topic_prefix: str = Field("fl", description="first level of all topics")
+    topic_updates: str = Field("", description="topic of updates; default `<prefix>/updates`")
+    topic_partial: str = Field("", description="topic of partials; default `<prefix>/partial`")
+    topic_global_model: str = Field(
+        "", description="topic of the global model; default `<prefix>/global_model`"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log line that is written"
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`auto`: readable on a terminal, JSON otherwise"
+    )
+
+    @field_validator("topic_prefix", "topic_updates", "topic_partial", "topic_global_model")
+    @classmethod
+    def _no_wildcard(cls, value: str) -> str:
+        if set(value) & set("+#\0 ") or value.startswith(("/", "$")) or value.endswith("/"):
+            raise ValueError("a topic without wildcards, blanks, leading `$` or outer slashes")
+        return value
+
+    @property
+    def topics(self) -> Topics:
+        prefix = self.topic_prefix
+        return Topics(
+            prefix,
+            self.topic_updates or f"{prefix}/updates",
+            self.topic_partial or f"{prefix}/partial",
+            self.topic_global_model or f"{prefix}/global_model",
+        )
+
+
+class StateSettings(CommonSettings):
+    """Settings of a service that keeps something."""
+
+    state_dir: Path = Field(Path("state"), description="folder of what the service must not lose")
+
+
+class DataSettings(CommonSettings):
+    """Settings of a service that knows the learning task."""
+
+    task: str = Field(
+        "ecg5000", description="`ecg5000`, `ecg5000-5class`, or `package.module:attribute`"
+    )
+    data_dir: Path = Field(Path("data"), description="folder of the data sets")
+
+
+class RegionSettings(StateSettings):
+    """Settings of a service that belongs to a region."""
+
+    region: Name = Field("region_0", description="name of this region")
+
+
+def region_names(text: str) -> list[str]:
+    """Split a comma-separated list of region names.
+
+    Raises:
+        ValueError: a name is not one, or stands twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if bad := [name for name in names if not is_name(name)]:
+        raise ValueError(f"not a region name (a-z, 0-9, _ and -, at most 31): {bad[0]!r}")
+    if len(set(names)) < len(names):
+        raise ValueError("a region stands twice")
+    return names
+
+
+class _WithRegions(CommonSettings):
+    regions: str = Field(
+        "",
+        description="names of all regions, comma-separated; the training set is dealt to them, "
+        "and the server waits for them. Default: this region alone / whoever comes",
+    )
+
+    @field_validator("regions")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        return ",".join(region_names(value))
+
+    @property
+    def region_list(self) -> list[str]:
+        return region_names(self.regions)
+
+
+class AggregatorSettings(RegionSettings, _WithRegions):
+    """Settings of a fog aggregator."""
+
+    k: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        "all",
+        description="updates that close a round: `all` (every client present when the round "
+        "opened) or a number",
+    )
+    min_clients: int = Field(
+        1, ge=1, description="least updates with which a round may close at its deadline"
+    )
+    round_deadline: Seconds = Field(
+        60.0, description="seconds after which a round closes with at least the minimum"
+    )
+    clients_expected: int = Field(
+        0, ge=0, description="clients to wait for before round 1; 0: see COHORT_SETTLE"
+    )
+    cohort_settle: Seconds = Field(
+        3.0, description="seconds without a newcomer after which the first cohort is complete"
+    )
+    cohort_limit: Seconds = Field(
+        60.0, description="seconds after which round 1 opens with whoever is there"
+    )
+    max_examples: int = Field(
+        1_000_000, ge=1, description="largest num_examples that an update may claim"
+    )
+    keep_rounds: int = Field(2, ge=1, description="closed rounds whose partial is kept")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Index of this region and number of regions."""
+        names = self.region_list or [self.region]
+        if self.region not in names:
+            raise ValueError(f"REGIONS: {','.join(names)} does not contain REGION {self.region}")
+        return names.index(self.region), len(names)
+
+
+class BridgeSettings(RegionSettings):
+    """Settings of a fog bridge."""
+
+    flower_server: str = Field(
+        "localhost:8080", pattern=r"^[^:\s]+:\d+$", description="host:port of the SuperLink"
+    )
+    flower_timeout: Seconds = Field(
+        300.0, description="seconds without a SuperLink after which the bridge gives up"
+    )
+    bridge_runner: Literal["resident", "supernode"] = Field(
+        "resident", description="`supernode` runs the bridge under Flower's stock SuperNode"
+    )
+
+
+class ClientSettings(RegionSettings, DataSettings):
+    """Settings of an edge client."""
+
+    client_id: str = Field(
+        "", description="name of this client; default: one made at first start, kept in STATE_DIR"
+    )
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the client's own examples kept for validation"
+    )
+    training_threads: int = Field(1, ge=1, description="threads that PyTorch may use")
+    exit_when_finished: bool = Field(
+        False, description="end after a run in which the client took part"
+    )
+
+    @field_validator("client_id")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value and not is_name(value):
+            raise ValueError("a-z, 0-9, _ and -, at most 31 characters")
+        return value
+
+
+class CentralSettings(DataSettings, _WithRegions):
+    """Settings of the central server."""
+
+    rounds: int = Field(3, ge=1, description="global rounds of a run")
+    local_epochs: int = Field(1, ge=1, description="passes over a client's examples in a round")
+    batch_size: int = Field(32, ge=1, description="examples per training step")
+    learning_rate: float = Field(1e-3, gt=0, description="of the clients' Adam")
+    seed: int = Field(42, ge=0, description="of initial weights, partition and shuffling")
+    strategy: str = Field("FedAvg", description="Flower strategy that averages the regions")
+    min_fit_clients: int = Field(
+        1, ge=1, description="least regions whose partial makes a global round"
+    )
+    min_available_clients: int = Field(
+        1, ge=1, description="least regions that must be online before a round begins"
+    )
+    regions_timeout: Seconds = Field(
+        300.0, description="seconds to wait for MIN_AVAILABLE_CLIENTS regions"
+    )
+    round_timeout: Seconds = Field(
+        600.0, description="seconds after which a global round ends with the regions it has"
+    )
+    bridge_grace: Seconds = Field(
+        30.0, description="seconds a bridge may be offline before a round goes on without it"
+    )
+    flower_host: str = Field("127.0.0.1", description="address that the SuperLink listens on")
+    flower_port: int = Field(8080, ge=1, le=65535, description="port of the SuperLink")
+    runs_dir: Path = Field(Path("runs"), description="folder of the results")
+    run_id: str = Field(
+        "", pattern=r"^([a-z0-9][a-z0-9_-]{0,62})?$", description="name of the run; default: now"
+    )
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    exit_when_finished: bool = Field(
+        False, description="end with the run's exit code instead of standing by for the next run"
+    )
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return Hyperparameters(
+            local_epochs=self.local_epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+
+
+def load(settings: type[S]) -> S:
+    """Read a service's settings from the environment; end the process, naming the setting, if
+    one is impossible (exit code 2)."""
+    try:
+        return settings()
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            name = str(detail["loc"][0]).upper() if detail["loc"] else "settings"
+            sys.stderr.write(f"{name}={detail['input']!r}: {detail['msg']}\n")
+        sys.stderr.write("Correct the environment (docs/settings.md has all settings).\n")
+        sys.exit(EXIT_BAD_SETTING)
