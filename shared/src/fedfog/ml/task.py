@@ -1,0 +1,124 @@
+"""What is learned: the one interface behind which a model and its data set stand.
+
+To federate a model of your own, write a subclass of `Task` and point the setting TASK at a
+callable that makes it from the data directory, for example the class itself::
+
+    # my_package/tasks.py                      TASK=my_package.tasks:Wearables
+    class Wearables(Task):
+        name = "wearables"
+        description = "stress or no stress from 60 s of wrist signals"
+        class_names = ("calm", "stressed")
+
+        def __init__(self, data_dir: Path) -> None: ...
+        def new_model(self) -> nn.Module: ...
+        def training_labels(self) -> NDArray[np.int64]: ...
+        def training_data(self, indices: NDArray[np.int64]) -> TensorDataset: ...
+        def test_data(self) -> TensorDataset: ...
+"""
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own abbreviation)
+from torch.utils.data import TensorDataset
+
+BUILT_IN = {
+    "ecg5000": "fedfog.ml.ecg5000:Ecg5000",
+    "ecg5000-5class": "fedfog.ml.ecg5000:Ecg5000FiveClass",
+}
+
+
+class TaskError(Exception):
+    """The setting TASK names nothing that can be used; the text says what to do."""
+
+
+class DataError(Exception):
+    """A file of the data set is missing or altered; the text names it and says what to do."""
+
+
+class Task(ABC):
+    """A classification problem: its model, loss and data.
+
+    A data set is a `TensorDataset` of inputs (n, ...) float32 and class labels (n,) int64 from 0.
+    Load each split only when it is asked for: clients hold training data, the server test data.
+    """
+
+    name: str
+    description: str
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def new_model(self) -> nn.Module:
+        """The untrained model, its weights drawn from PyTorch's global generator. Every tensor of
+        its `state_dict` is float32. One output per class, or a single one for two classes."""
+
+    @abstractmethod
+    def training_labels(self) -> NDArray[np.int64]:
+        """Labels (n,) of the whole training set, by which it is cut into slots.
+
+        Raises DataError.
+        """
+
+    @abstractmethod
+    def training_data(self, indices: NDArray[np.int64]) -> TensorDataset:
+        """The training examples at `indices`, positions in `training_labels()`.
+
+        Raises DataError.
+        """
+
+    @abstractmethod
+    def test_data(self) -> TensorDataset:
+        """The held-out examples on which the server evaluates each global model.
+
+        Raises DataError.
+        """
+
+    def build_model(self, seed: int) -> nn.Module:
+        """`new_model` with weights that depend on the seed alone; the global generator is left
+        as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.new_model()
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Scores (n, classes) out of model outputs. A single output z (n, 1) is the log-odds of
+        class 1, which is the same as the two scores (0, z)."""
+        return F.pad(outputs, (1, 0)) if outputs.shape[1] == 1 else outputs
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; for a single output, binary cross-entropy with logits."""
+        return F.cross_entropy(self.logits(outputs), targets)
+
+
+def load_task(spec: str, *, data_dir: Path) -> Task:
+    """Make the task that the setting TASK names.
+
+    `spec` is a key of `BUILT_IN` or `package.module:attribute`, where the attribute is called with
+    `data_dir` and returns a `Task`. Raises TaskError.
+    """
+    module_name, _, attribute = BUILT_IN.get(spec, spec).partition(":")
+    if not module_name or not attribute:
+        known = ", ".join(BUILT_IN)
+        raise TaskError(f"TASK={spec} is unknown: use {known}, or package.module:attribute")
+    try:
+        factory = getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TaskError(
+            f"TASK={spec} cannot be imported ({error}): install the package or put its folder "
+            "on PYTHONPATH, and check the spelling of module:attribute"
+        ) from error
+    task = factory(data_dir)
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"TASK={spec} made a {type(task).__name__}: it has to return a fedfog.ml.task.Task"
+        )
+    if missing := [field for field in Task.__annotations__ if not hasattr(task, field)]:
+        raise TaskError(
+            f"TASK={spec} lacks {', '.join(missing)}: set them on {type(task).__name__}"
+        )
+    return task

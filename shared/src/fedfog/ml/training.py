@@ -1,0 +1,130 @@
+"""Training on one client, and how a model's state becomes arrays and back."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedfog.ml.task import Task
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class DivergenceError(ArithmeticError):
+    """The training loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What one client's training gave: means over the last epoch, taken while it ran."""
+
+    num_examples: int
+    loss: float
+    accuracy: float
+
+
+def state_arrays(model: nn.Module) -> Arrays:
+    """Copy of the model's state as float32 arrays, in order of their names.
+
+    Raises ValueError for a state tensor of another dtype: it could not be averaged.
+    """
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(
+                f"state tensor {name} is {tensor.dtype}, but only float32 can be federated: build "
+                "the model in float32 and without counters (GroupNorm instead of BatchNorm)"
+            )
+    return {name: state[name].detach().cpu().numpy().copy() for name in sorted(state)}
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+    """Copy arrays (by name) into the model's state.
+
+    Raises RuntimeError, which lists them, for missing, unknown or wrongly shaped tensors.
+    """
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+
+def round_seed(seed: int, round: int, slot: int) -> int:
+    """Seed below 2**63 for what a client draws in one round; the same on every machine.
+
+    `seed` is the run's, `slot` the client's; round 0 stands for what is drawn once, the split.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(round, slot))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def split_validation(
+    indices: NDArray[np.int64], labels: NDArray[np.int64], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut a client's examples into (training, validation), each sorted.
+
+    `indices` point into `labels`, the labels of the whole training set. Validation gets the
+    nearest whole number to `fraction` of the examples, spread over the classes in proportion as
+    far as that goes, but never all of them; of a few examples it may get none.
+    """
+    shuffled = np.random.default_rng(seed).permutation(indices)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    count = min(round(fraction * len(indices)), len(indices) - 1)
+    if count <= 0:
+        return np.sort(indices), indices[:0]
+    # Equal steps through the examples in order of class: systematic sampling.
+    picked = ((np.arange(count) + 0.5) * len(indices) / count).astype(np.int64)
+    return np.sort(np.delete(by_class, picked)), np.sort(by_class[picked])
+
+
+def train_local(
+    task: Task,
+    model: nn.Module,
+    dataset: TensorDataset,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    on_epoch: Callable[[int, int, float, float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainingResult | None:
+    """Train the model in place with a fresh Adam (Kingma, Ba 2015) on shuffled batches.
+
+    `seed` alone decides the shuffling and what the model draws, dropout for example. After each
+    epoch `on_epoch(epoch, epochs, loss, accuracy)` is called. `should_stop()` is asked before each
+    batch; if it says yes, the result is None and the model is left as it is by then.
+
+    Raises ValueError for an empty data set and DivergenceError.
+    """
+    if len(dataset) == 0:
+        raise ValueError("no examples to train on: start fewer clients or give them more data")
+    shuffling = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for epoch in range(1, epochs + 1):
+            loss_sum, correct = 0.0, 0
+            order = torch.randperm(len(dataset), generator=shuffling)
+            for batch in torch.split(order, batch_size):
+                if should_stop is not None and should_stop():
+                    return None
+                inputs, targets = dataset[batch]
+                outputs = model(inputs)
+                loss = task.loss(outputs, targets)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                loss_sum += loss.item() * len(batch)
+                correct += int((task.logits(outputs).argmax(1) == targets).sum())
+            result = TrainingResult(len(dataset), loss_sum / len(dataset), correct / len(dataset))
+            if not math.isfinite(result.loss):
+                raise DivergenceError(
+                    f"the training loss is {result.loss} after epoch {epoch}: lower LEARNING_RATE"
+                )
+            if on_epoch is not None:
+                on_epoch(epoch, epochs, result.loss, result.accuracy)
+    return result

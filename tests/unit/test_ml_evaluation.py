@@ -1,0 +1,94 @@
+"""Metrics, against values worked out by hand and against their textbook definitions."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedfog.ml.ecg5000 import Ecg5000, Ecg5000FiveClass
+from fedfog.ml.evaluation import evaluate, evaluate_full
+
+BINARY, FIVE = Ecg5000(Path()), Ecg5000FiveClass(Path())
+
+
+def given_outputs(outputs: list[list[float]], labels: list[int]) -> TensorDataset:
+    """A data set on which the identity gives these model outputs."""
+    return TensorDataset(torch.tensor(outputs), torch.tensor(labels))
+
+
+def test_binary_metrics_are_what_one_works_out_by_hand() -> None:
+    data = given_outputs([[-2.0], [-1.0], [1.0], [3.0], [-3.0]], [0, 1, 0, 1, 0])
+    metrics = evaluate_full(BINARY, nn.Identity(), data)
+    assert metrics.num_examples == 5
+    assert metrics.accuracy == pytest.approx(3 / 5)
+    assert metrics.confusion_matrix == [[2, 1], [1, 1]]
+    # Of the six pairs of an abnormal and a normal beat, only (-1, 1) is in the wrong order.
+    assert metrics.auroc == pytest.approx(5 / 6)
+    assert metrics.macro_f1 == pytest.approx((4 / 6 + 2 / 4) / 2)
+    wrong_side = [-2.0, 1.0, 1.0, -3.0, -3.0]
+    assert metrics.loss == pytest.approx(sum(math.log1p(math.exp(z)) for z in wrong_side) / 5)
+
+
+def test_five_class_auroc_is_the_macro_mean_of_one_against_rest() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(200) % 5
+    outputs = generator.normal(size=(200, 5)).astype(np.float32)
+    outputs[np.arange(200), labels] += 1
+    data = TensorDataset(torch.from_numpy(outputs), torch.from_numpy(labels))
+    logits = outputs.astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
+    assert evaluate_full(FIVE, nn.Identity(), data).auroc == pytest.approx(expected)
+
+
+def test_confusion_matrix_has_a_row_and_a_column_for_every_class() -> None:
+    data = given_outputs([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]], [0, 3])
+    matrix = np.array(evaluate_full(FIVE, nn.Identity(), data).confusion_matrix)
+    assert matrix.shape == (5, 5)
+    assert matrix[0, 0] == matrix[3, 1] == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_very_confident_answers_still_rank(sign: int) -> None:
+    data = given_outputs([[sign * 90.0], [sign * 90.0 + 10]], [0, 1])
+    assert evaluate_full(BINARY, nn.Identity(), data).auroc == 1
+
+
+def test_auroc_of_classes_that_occur_is_told_when_others_do_not() -> None:
+    data = given_outputs([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]], [0, 1])
+    assert evaluate_full(FIVE, nn.Identity(), data).auroc == 1
+
+
+def test_auroc_is_none_where_it_is_undefined() -> None:
+    one_class = given_outputs([[-1.0], [2.0]], [1, 1])
+    assert evaluate_full(BINARY, nn.Identity(), one_class).auroc is None
+    broken = given_outputs([[math.nan], [2.0]], [0, 1])
+    assert evaluate_full(BINARY, nn.Identity(), broken).auroc is None
+
+
+def test_cheap_and_full_evaluation_agree_and_batching_does_not_show() -> None:
+    task = Ecg5000(Path(__file__).parents[2] / "data")
+    model, data = task.build_model(0), task.test_data()
+    cheap, full = evaluate(task, model, data), evaluate_full(task, model, data)
+    with torch.no_grad():
+        outputs = model(data.tensors[0])
+    assert cheap.loss == full.loss == pytest.approx(task.loss(outputs, data.tensors[1]).item())
+    assert cheap.accuracy == full.accuracy
+    assert np.sum(full.confusion_matrix) == cheap.num_examples == 4500
+
+
+def test_evaluation_switches_dropout_off() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
+    data = given_outputs([[5.0]] * 20, [1] * 20)
+    assert evaluate(BINARY, model.train(), data).accuracy == 1
+
+
+@pytest.mark.parametrize("how", [evaluate, evaluate_full])
+def test_nothing_to_evaluate_on_is_said(how) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="no examples"):
+        how(BINARY, nn.Identity(), TensorDataset(torch.zeros(0, 1), torch.zeros(0).long()))
