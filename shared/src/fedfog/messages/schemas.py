@@ -70,6 +70,7 @@ class ModelMeta(Payload):
     """Global model of a run after `round` completed rounds (model 0 is the initial one)."""
 
     run: RunId
+    run_started: int = Field(ge=0, description="orders the runs: unix seconds of its beginning")
     round: Round
     rounds: Round = Field(description="rounds that the run is to have")
     state: RunState

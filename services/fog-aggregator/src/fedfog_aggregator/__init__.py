@@ -1,0 +1,1 @@
+"""The fog aggregator: one per region."""

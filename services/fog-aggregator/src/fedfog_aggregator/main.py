@@ -1,0 +1,367 @@
+"""Shell around `fedfog.core.rounds`: MQTT and SQLite on the outside, the rules inside."""
+
+import time
+from collections import deque
+from typing import Any
+
+import structlog
+
+from fedfog import service
+from fedfog.core import rounds
+from fedfog.core.phases import Phase
+from fedfog.files import next_boot
+from fedfog.health import BEAT_SECONDS, Heartbeat
+from fedfog.logs import Step
+from fedfog.messages.codec import (
+    CodecError,
+    TensorTable,
+    decode,
+    decode_json,
+    digest_of,
+    encode,
+)
+from fedfog.messages.schemas import (
+    ClientMetrics,
+    ModelMeta,
+    PartialMeta,
+    Presence,
+    Progress,
+    Receipt,
+    RegionReceipt,
+    RunState,
+    Slot,
+    Status,
+    UpdateMeta,
+    Verdict,
+)
+from fedfog.messages.topics import is_name
+from fedfog.settings import AggregatorSettings, load
+from fedfog.transport import mqtt
+from fedfog_aggregator.store import AnotherOwnerError, PartialStore, StoreError
+
+log = structlog.get_logger()
+
+PROGRESS_SECONDS = 0.5
+
+
+class Aggregator:
+    """The fog aggregator of one region.
+
+    Raises:
+        StoreError: STATE_DIR cannot be used.
+        ValueError: REGIONS does not contain REGION.
+    """
+
+    def __init__(self, settings: AggregatorSettings) -> None:
+        self._settings = settings
+        self._share = settings.share
+        self._region = region = settings.region
+        self._topics = topics = settings.topics
+        self._store = PartialStore(settings.state_dir)
+        self._boot = next_boot(settings.state_dir)
+        self._rounds = rounds.RegionRounds(
+            region,
+            rounds.Policy(
+                quorum=None if settings.k == "all" else settings.k,
+                minimum=settings.min_clients,
+                deadline=settings.round_deadline,
+                expected=settings.clients_expected,
+                settle=settings.cohort_settle,
+                limit=settings.cohort_limit,
+                max_examples=settings.max_examples,
+            ),
+            self._boot,
+        )
+        self._table: TensorTable | None = None
+        self._last_progress = 0.0
+        self._exit: int | None = None
+        self._updates = topics.update(region, "")
+        self._presences = topics.presence(region, "")
+        self.session = mqtt.Session(
+            f"fedfog-aggregator-{region}",
+            settings.mqtt_broker,
+            settings.mqtt_port,
+            [
+                topics.global_model,  # first: an update must never overtake its model
+                self._presences + "+",
+                self._updates + "+",
+                topics.status(region),
+            ],
+            will=(topics.status(region), Status(online=False, boot=self._boot).to_json()),
+            timeout=settings.mqtt_timeout,
+        )
+
+    def run(self) -> int:
+        """Serve until SIGTERM or until another aggregator takes over; returns the exit code."""
+        log.info("aggregator_started", boot=self._boot, k=self._settings.k)
+        heartbeat = Heartbeat()
+        service.on_stop(self.session.events.put)
+        self.session.start()
+        while self._exit is None:
+            due = self._rounds.wake_at()
+            now = time.monotonic()
+            wait = BEAT_SECONDS if due is None else min(BEAT_SECONDS, due - now)
+            event = self.session.next(wait)
+            now = time.monotonic()
+            heartbeat.beat("ready" if self.session.connected else "no MQTT broker")
+            if isinstance(event, service.StopRequested):
+                break
+            for core_event in self._translate(event):
+                self._apply(core_event, now)
+            if due is not None and now >= due:
+                self._apply(rounds.Tick(), now)
+            self._publish_progress(now)
+        self.session.publish(
+            self._topics.status(self._region),
+            Status(online=False, boot=self._boot).to_json(),
+            retain=True,
+        )
+        self.session.stop()
+        self._store.close()
+        log.info("aggregator_stopped", round=self._rounds.round, phase=self._rounds.phase)
+        return self._exit or service.EXIT_OK
+
+    # From messages to events
+
+    def _translate(self, event: Any) -> list[rounds.Event]:
+        if isinstance(event, mqtt.Connected):
+            return [rounds.Connected()]
+        if isinstance(event, mqtt.Disconnected):
+            log.warning("mqtt_disconnected", reason=event.reason)
+        if not isinstance(event, mqtt.Received) or not event.payload:
+            return []
+        topic, payload = event.topic, event.payload
+        if topic.startswith(self._updates):
+            return self._update(topic.removeprefix(self._updates), payload)
+        try:
+            if topic == self._topics.global_model:
+                return self._model(payload)
+            if topic.startswith(self._presences):
+                client = topic.removeprefix(self._presences)
+                presence = decode_json(payload, Presence)
+                if not is_name(client):
+                    raise CodecError("the topic does not end in a client's name")
+                return [
+                    rounds.PresenceSeen(
+                        client,
+                        presence.online,
+                        presence.boot,
+                        presence.slot,
+                        presence.own_data,
+                    )
+                ]
+            status = decode_json(payload, Status)
+            return [rounds.OwnStatusSeen(status.boot, status.online)]
+        except CodecError as error:
+            log.warning("message_refused", topic=topic, bytes=len(payload), reason=str(error))
+            return []
+
+    def _model(self, payload: bytes) -> list[rounds.Event]:
+        model = decode(payload, ModelMeta)
+        if digest_of(model.vector) != model.meta.digest:
+            raise CodecError("the digest is not that of the tensors")
+        meta = model.meta
+        round_ = meta.round + 1
+        arrived = rounds.ModelArrived(
+            run=meta.run,
+            run_started=meta.run_started,
+            round=round_,
+            digest=meta.digest,
+            num_parameters=model.table.num_parameters,
+            finished=meta.state is RunState.FINISHED,
+            stored=self._store.stored(meta.run, round_),
+            slots=self._store.slots(meta.run),
+        )
+        self._table = model.table
+        return [arrived]
+
+    def _update(self, client: str, payload: bytes) -> list[rounds.Event]:
+        """Check what can be checked without knowing the round; a refusal is answered at once."""
+        if self._table is None:
+            return []  # no model seen yet: the owner repeats
+        try:
+            if not is_name(client):
+                raise CodecError("the topic does not end in a client's name")
+            update = decode(payload, UpdateMeta, self._table)
+            meta = update.meta
+            if (meta.region, meta.client) != (self._region, client):
+                raise CodecError(f"it says {meta.region}/{meta.client}, its topic does not")
+        except CodecError as error:
+            log.warning("update_rejected", client=client, bytes=len(payload), reason=str(error))
+            if is_name(client):
+                self._answer(
+                    client,
+                    Receipt(verdict=Verdict.REJECTED, reason=str(error)[:200], boot=self._boot),
+                )
+            return []
+        metrics = meta.metrics.model_dump(exclude_none=True)
+        return [
+            rounds.UpdateArrived(
+                meta.run,
+                meta.round,
+                client,
+                meta.base_digest,
+                meta.num_examples,
+                update.vector,
+                metrics,
+            )
+        ]
+
+    # From actions to messages
+
+    def _apply(self, event: rounds.Event, now: float) -> None:
+        """Hand an event to the rules and carry out all that follows from it."""
+        actions = deque(self._rounds.handle(event, now))
+        while actions:
+            match actions.popleft():
+                case rounds.PublishStatus():
+                    self._publish_status()
+                case rounds.PublishPartial(run, round_):
+                    self._publish_partial(run, round_)
+                case rounds.Answer(client, run, round_, verdict, reason):
+                    if verdict in ("late", "rejected"):
+                        self._log_refusal(client, run, round_, verdict, reason)
+                    self._answer(
+                        client,
+                        Receipt(
+                            run=run,
+                            round=round_,
+                            verdict=Verdict(verdict),
+                            reason=reason,
+                            boot=self._boot,
+                        ),
+                    )
+                case rounds.AnswerMembers(run, round_, members):
+                    receipt = RegionReceipt(
+                        run=run, round=round_, boot=self._boot, members=list(members)
+                    )
+                    topic = self._topics.receipts(self._region)
+                    self.session.publish(topic, receipt.to_json())
+                case rounds.DealSlot(client, run, slot, slots):
+                    index, regions = self._share
+                    dealt = Slot(
+                        run=run, slot=slot, slots=slots, region_index=index, regions=regions
+                    )
+                    topic = self._topics.slot(self._region, client)
+                    self.session.publish(topic, dealt.to_json())
+                case rounds.StoreCohort(run, round_, cohort, slots_table):
+                    self._store_cohort(run, round_, cohort, slots_table)
+                case rounds.StoreSlots(slots_table):
+                    self._store.save_slots(slots_table)
+                case rounds.Commit() as commit:
+                    actions.extend(self._rounds.handle(self._commit(commit), now))
+                case rounds.Log(level, name, fields):
+                    getattr(log, level)(name, **fields)
+                case rounds.Exit(reason):
+                    log.error("aggregator_replaced", reason=reason)
+                    self._exit = service.EXIT_SUCCEEDED_BY_ANOTHER
+
+    def _store_cohort(
+        self, run: str, round_: int, cohort: frozenset[str], slots: rounds.SlotTable
+    ) -> None:
+        try:
+            self._store.save_cohort(run, round_, cohort, slots, self._settings.keep_rounds)
+        except StoreError as error:
+            # Only a restart in this very round would miss it; the partial is what must not fail.
+            log.error("cohort_not_stored", error=str(error))
+
+    def _commit(self, commit: rounds.Commit) -> rounds.Committed | rounds.CommitFailed:
+        assert self._table is not None
+        began = time.monotonic()
+        mean = commit.total.mean()
+        meta = PartialMeta(
+            run=commit.run,
+            round=commit.round,
+            region=self._region,
+            digest=digest_of(mean),
+            num_clients=len(commit.members),
+            num_examples=commit.total.weight,
+            members=dict(commit.members),
+            left_out=dict(commit.left_out),
+            metrics=ClientMetrics(**commit.metrics),
+            seconds={"collect": round(commit.collect_seconds, 6)},
+        )
+        try:
+            payload = encode(meta, self._table, mean)
+            self._store.commit(commit.run, commit.round, payload, commit.members)
+        except AnotherOwnerError as error:
+            return rounds.CommitFailed(str(error), another_owner=True)
+        except StoreError as error:
+            return rounds.CommitFailed(str(error))
+        log.info(
+            Step.AGGREGATE_REGION,
+            partial=meta.id,
+            clients=meta.num_clients,
+            examples=meta.num_examples,
+            left_out=meta.left_out,
+            train_loss=round(meta.metrics.train_loss, 4),
+            collect_seconds=round(commit.collect_seconds, 3),
+            seconds=round(time.monotonic() - began, 4),
+        )
+        return rounds.Committed()
+
+    def _publish_partial(self, run: str, round_: int) -> None:
+        began = time.monotonic()
+        payload = self._store.partial(run, round_)
+        if payload is None:
+            raise StoreError(f"{self._store.path}: the partial of round {round_} is gone")
+        topic = self._topics.partial_of(self._region)
+        if self.session.publish(topic, payload, retain=True):
+            log.info(
+                Step.PUBLISH_PARTIAL,
+                partial=f"{run}/{round_}/{self._region}",
+                bytes=len(payload),
+                seconds=round(time.monotonic() - began, 4),
+            )
+
+    def _answer(self, client: str, receipt: Receipt) -> None:
+        self.session.publish(self._topics.receipts(self._region, client), receipt.to_json())
+
+    def _log_refusal(self, client: str, run: str, round_: int, verdict: str, reason: str) -> None:
+        update = f"{run}/{round_}/{self._region}/{client}"
+        log.warning(f"update_{verdict}", update=update, reason=reason)
+
+    def _publish_status(self) -> None:
+        machine = self._rounds
+        status = Status(
+            online=True,
+            boot=self._boot,
+            run=machine.run,
+            round=machine.round if machine.run else None,
+            phase=machine.phase,
+        )
+        self.session.publish(self._topics.status(self._region), status.to_json(), retain=True)
+
+    def _publish_progress(self, now: float) -> None:
+        machine = self._rounds
+        if machine.run is None or machine.phase not in (Phase.OPEN, Phase.STARVING):
+            return
+        if now - self._last_progress < PROGRESS_SECONDS:
+            return
+        self._last_progress = now
+        progress = Progress(
+            run=machine.run,
+            round=machine.round,
+            phase=machine.phase,
+            received=len(machine.members),
+            expected=machine.expected,
+            waiting_for=machine.missing[:10],
+            seconds_left=round(machine.deadline - now, 1),
+        )
+        self.session.publish(self._topics.progress(self._region), progress.to_json())
+
+
+def main() -> None:
+    settings = load(AggregatorSettings)
+
+    def body() -> int:
+        try:
+            return Aggregator(settings).run()
+        except (StoreError, ValueError) as error:
+            raise service.ServiceError(str(error)) from error
+
+    service.run("fog-aggregator", settings, body, region=settings.region)
+
+
+if __name__ == "__main__":
+    main()

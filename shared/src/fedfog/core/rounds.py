@@ -1,0 +1,607 @@
+"""A round in a region, as a pure state machine: events in, actions out.
+
+Everything that decides when a round opens, what counts in it and when it closes is in this file.
+It has no clock, socket or file: `now` is an argument, and the fog aggregator's shell carries the
+actions out and reports back. `TABLE` names the handler of every event in every phase; what is not
+in it is an `IllegalEventError` and leaves the machine as it was.
+
+Why an accepted update is in exactly one partial, whatever dies when (the end-to-end argument:
+Saltzer, Reed and Clark 1984):
+
+- `received` only says that this boot holds the update in memory. Its owner keeps it, and sends it
+  again to any other boot.
+- `accepted` is said after the partial and its members are committed in one transaction, never
+  before. If the aggregator dies before the commit, nothing was accepted and all owners send
+  again; if it dies after it, the stored members answer every copy that is still under way.
+- A second copy from a member gets the first one's verdict and is not summed again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfog.core.aggregation import WeightedSum
+from fedfog.core.phases import Phase
+from fedfog.core.slots import SlotTable
+
+RETRY_SECONDS = (1.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When a round closes. All times are in seconds."""
+
+    quorum: int | None = None  # None: every client present when the round opened
+    minimum: int = 1
+    deadline: float = 60.0
+    expected: int = 0  # clients before round 1; 0: whoever is there after `settle`
+    settle: float = 3.0
+    limit: float = 60.0
+    max_examples: int = 1_000_000
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The session with the broker is new: its retained messages may be gone or old."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store has of a round: the committed members, or only the cohort."""
+
+    cohort: frozenset[str]
+    members: Mapping[str, int] | None  # None: not closed yet
+
+
+@dataclass(frozen=True)
+class ModelArrived:
+    """Global model `round - 1` of `run`: it opens `round`.
+
+    `stored` is what the store has of that round, `slots` the run's slots if they were dealt.
+    """
+
+    run: str
+    run_started: int  # orders the runs; a broker restored from an old state hands out old ones
+    round: int
+    digest: str
+    num_parameters: int
+    finished: bool = False
+    stored: Stored | None = None
+    slots: SlotTable | None = None
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """A well-formed update: schema, size, identity and tensor table were checked."""
+
+    run: str
+    round: int
+    client: str
+    base_digest: str
+    num_examples: int
+    vector: NDArray[np.float32]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PresenceSeen:
+    client: str
+    online: bool
+    boot: int
+    slot: int | None = None
+    own_data: bool = False
+
+
+@dataclass(frozen=True)
+class OwnStatusSeen:
+    """The region's retained status shows this boot."""
+
+    boot: int
+    online: bool
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The partial is in the store."""
+
+
+@dataclass(frozen=True)
+class CommitFailed:
+    reason: str
+    another_owner: bool = False
+
+
+Event = (
+    Connected
+    | ModelArrived
+    | UpdateArrived
+    | PresenceSeen
+    | OwnStatusSeen
+    | Tick
+    | Committed
+    | CommitFailed
+)
+
+
+# Actions
+
+
+@dataclass(frozen=True)
+class PublishStatus:
+    pass
+
+
+@dataclass(frozen=True)
+class PublishPartial:
+    """Publish the stored partial of this round."""
+
+    run: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    client: str
+    run: str
+    round: int
+    verdict: Literal["received", "accepted", "late", "rejected"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerMembers:
+    """`accepted` for all members at once."""
+
+    run: str
+    round: int
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DealSlot:
+    client: str
+    run: str
+    slot: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class StoreCohort:
+    run: str
+    round: int
+    cohort: frozenset[str]
+    slots: SlotTable
+
+
+@dataclass(frozen=True)
+class StoreSlots:
+    slots: SlotTable
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Store the partial and its members in one transaction, and answer `Committed` or
+    `CommitFailed`."""
+
+    run: str
+    round: int
+    total: WeightedSum
+    members: Mapping[str, int]
+    left_out: Mapping[str, str]
+    metrics: Mapping[str, float]
+    collect_seconds: float
+
+
+@dataclass(frozen=True)
+class Log:
+    level: Literal["debug", "info", "warning", "error"]
+    event: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exit:
+    reason: str
+
+
+Action = (
+    PublishStatus
+    | PublishPartial
+    | Answer
+    | AnswerMembers
+    | DealSlot
+    | StoreCohort
+    | StoreSlots
+    | Commit
+    | Log
+    | Exit
+)
+
+
+class IllegalEventError(Exception):
+    """The shell reported something that cannot happen in this phase."""
+
+
+class RegionRounds:
+    """All rounds of one region in one boot of its aggregator."""
+
+    def __init__(self, region: str, policy: Policy, boot: int) -> None:
+        self.region = region
+        self.policy = policy
+        self.boot = boot
+        self.phase = Phase.WAITING
+        self.run: str | None = None
+        self.round = 0
+        self.present: dict[str, PresenceSeen] = {}
+        self.cohort: frozenset[str] = frozenset()
+        self.members: dict[str, int] = {}
+        self.slots: SlotTable | None = None
+        self.deadline = 0.0
+        self._run_started = 0
+        self._digest = ""
+        self._total = WeightedSum(0)
+        self._num_parameters = 0
+        self._metrics: dict[str, tuple[float, int]] = {}
+        self._departed: set[str] = set()
+        self._boots: dict[str, int] = {}
+        self._newest_arrival = 0.0
+        self._opened = 0.0
+        self._retry_at = 0.0
+        self._retry_after = RETRY_SECONDS[0]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Apply one event at time `now` (seconds, monotonic) and say what is to be done.
+
+        Raises:
+            IllegalEventError: the event cannot happen in this phase; nothing was changed.
+        """
+        handler = TABLE[type(event)].get(self.phase)
+        if handler is None:
+            raise IllegalEventError(f"{type(event).__name__} while {self.phase}")
+        return handler(self, event, now)
+
+    @property
+    def expected(self) -> int:
+        """Updates that close the present round."""
+        if self.policy.quorum is not None:
+            return self.policy.quorum
+        return len(self.cohort - self._departed | self.members.keys())
+
+    @property
+    def missing(self) -> list[str]:
+        """Clients of the cohort that the round is waiting for, in order of names."""
+        return sorted(self.cohort - self._departed - self.members.keys())
+
+    def wake_at(self) -> float | None:
+        """When `Tick` is due next; None if nothing is waited for."""
+        if self.phase in (Phase.OPEN, Phase.STARVING):
+            return self.deadline
+        if self.phase is Phase.DEGRADED:
+            return self._retry_at
+        if self.phase is Phase.FORMING:
+            if self._settles and self._enough_to_form():
+                return min(self._newest_arrival + self.policy.settle, self.deadline)
+            return self.deadline
+        return None
+
+    # Models
+
+    def _model(self, event: ModelArrived, now: float) -> list[Action]:
+        same_run = event.run == self.run
+        if event.run_started < self._run_started or (same_run and event.round < self.round):
+            fields = {"run": event.run, "round": event.round}
+            return [Log("info", "older_model_ignored", fields)]
+        if same_run and event.round == self.round:
+            return []
+        actions: list[Action] = []
+        if self.phase in _OPEN and self.members:
+            void = {"round": self.round, "updates": sorted(self.members)}
+            actions.append(Log("warning", "round_overtaken_updates_void", void))
+        # Right after a start it is not known yet who is there, and in a new run who will come.
+        cohort_known = same_run and self.phase not in (Phase.WAITING, Phase.FORMING)
+        self.run, self._run_started, self.round = event.run, event.run_started, event.round
+        self._digest, self._num_parameters = event.digest, event.num_parameters
+        self.members, self.cohort, self._departed = {}, frozenset(), set()
+        self.slots = (self.slots if same_run else None) or event.slots
+        if event.finished:
+            self.phase = Phase.FINISHED
+            return [*actions, PublishStatus()]
+        if event.stored and event.stored.members is not None:
+            self.phase = Phase.CLOSED
+            self.members, self.cohort = dict(event.stored.members), event.stored.cohort
+            return [*actions, PublishPartial(self.run, self.round), PublishStatus()]
+        if event.stored:
+            return actions + self._open(event.stored.cohort, now)
+        if cohort_known and self._enough_to_form():
+            return actions + self._open(frozenset(self.present), now)
+        self.phase = Phase.FORMING
+        self.deadline = now + self.policy.limit
+        return [*actions, PublishStatus(), *self._form(now)]
+
+    def _enough_to_form(self) -> bool:
+        return len(self.present) >= max(1, self.policy.minimum)
+
+    @property
+    def _clients_expected(self) -> int:
+        """Clients without whom the cohort is not complete; 0 if that is not known."""
+        return len(self.slots.holders) if self.slots else self.policy.expected
+
+    @property
+    def _settles(self) -> bool:
+        """An expected number of clients is waited for; otherwise whoever comes in time is in."""
+        return self.slots is not None or self.policy.expected == 0
+
+    def _form(self, now: float) -> list[Action]:
+        """Open the round if its cohort is complete."""
+        complete = 0 < self._clients_expected <= len(self.present)
+        settled = self._settles and now - self._newest_arrival >= self.policy.settle
+        if self._enough_to_form() and (complete or settled or now >= self.deadline):
+            return self._open(frozenset(self.present), now)
+        if now >= self.deadline:
+            self.deadline = now + self.policy.limit
+            wanted = {
+                "present": sorted(self.present),
+                "minimum": self.policy.minimum,
+                "setting": "MIN_CLIENTS",
+            }
+            return [Log("warning", "waiting_for_clients", wanted)]
+        return []
+
+    def _open(self, cohort: frozenset[str], now: float) -> list[Action]:
+        assert self.run is not None
+        self.phase = Phase.OPEN
+        self.cohort, self.members, self._departed = cohort, {}, set()
+        self._total, self._metrics = WeightedSum(self._num_parameters), {}
+        self._opened, self.deadline = now, now + self.policy.deadline
+        self._retry_after = RETRY_SECONDS[0]
+        dealt: list[Action] = []
+        if self.slots is None:
+            needy = [c for c, p in self.present.items() if not p.own_data]
+            self.slots = SlotTable.deal(self.run, needy)
+        for client in sorted(cohort & self.present.keys()):
+            dealt += self._deal(client, now)
+        opened = {"round": self.round, "cohort": sorted(cohort), "quorum": self.expected}
+        return [
+            StoreCohort(self.run, self.round, cohort, self.slots),
+            PublishStatus(),
+            *dealt,
+            Log("info", "round_open", opened),
+        ]
+
+    def _deal(self, client: str, now: float) -> list[Action]:
+        """Tell a client its slot unless it has it."""
+        presence = self.present[client]
+        if presence.own_data or self.slots is None or self.run is None:
+            return []
+        known = client in self.slots.holders
+        slot = self.slots.join(client, now, self.policy.deadline)
+        actions: list[Action] = []
+        if not known:
+            fields = {"client": client, "slot": slot, "shared": self.slots.shared(slot)}
+            actions = [StoreSlots(self.slots), Log("info", "newcomer_given_slot", fields)]
+        if presence.slot != slot:
+            actions.append(DealSlot(client, self.run, slot, self.slots.slots))
+        return actions
+
+    # Updates
+
+    def _update(self, event: UpdateArrived, now: float) -> list[Action]:
+        verdict = self._stale(event)
+        if verdict is not None:
+            return verdict
+        if event.client in self.members:
+            return [self._answer(event, "received")]
+        if event.base_digest != self._digest:
+            return [self._answer(event, "rejected", "trained from another model (base digest)")]
+        if not 0 < event.num_examples <= self.policy.max_examples:
+            limit = f"num_examples is not within 1..{self.policy.max_examples} (MAX_EXAMPLES)"
+            return [self._answer(event, "rejected", limit)]
+        if not np.isfinite(event.vector).all():
+            return [self._answer(event, "rejected", "the tensors hold NaN or infinity")]
+        self._total.add(event.vector, event.num_examples)
+        self.members[event.client] = event.num_examples
+        for name, value in event.metrics.items():
+            total, weight = self._metrics.get(name, (0.0, 0))
+            n = event.num_examples
+            self._metrics[name] = (total + n * value, weight + n)
+        fields = {
+            "update": f"{event.run}/{event.round}/{self.region}/{event.client}",
+            "received": len(self.members),
+            "expected": self.expected,
+        }
+        answer = self._answer(event, "received")
+        return [answer, Log("info", "update_received", fields), *self._close_if_due(now)]
+
+    def _update_when_closed(self, event: UpdateArrived, _now: float) -> list[Action]:
+        verdict = self._stale(event)
+        if verdict is not None:
+            return verdict
+        if event.client in self.members:
+            return [self._answer(event, "accepted")]
+        return [self._answer(event, "late", "the round is closed")]
+
+    def _stale(self, event: UpdateArrived) -> list[Action] | None:
+        """The answer to an update that is not of the present round, if it is not."""
+        if event.run != self.run:
+            return [self._answer(event, "late", f"the run is {self.run}")]
+        if event.round < self.round:
+            return [self._answer(event, "late", f"the round is {self.round}")]
+        if event.round > self.round:
+            # Its model has not come here yet. The owner repeats; a verdict would lose the update.
+            return []
+        return None
+
+    @staticmethod
+    def _answer(
+        event: UpdateArrived,
+        verdict: Literal["received", "accepted", "late", "rejected"],
+        reason: str = "",
+    ) -> Answer:
+        return Answer(event.client, event.run, event.round, verdict, reason)
+
+    # Presence and time
+
+    def _presence(self, event: PresenceSeen, now: float) -> list[Action]:
+        newest = self._boots.get(event.client, 0)
+        if event.boot < newest:  # a stale will, or an old retained message
+            return []
+        self._boots[event.client] = event.boot
+        if not event.online:
+            if self.present.pop(event.client, None) is None:
+                return []
+            if self.slots:
+                self.slots.leave(event.client, now)
+            if self.phase not in _OPEN or event.client in self.members:
+                return []
+            self._departed.add(event.client)
+            fields = {"client": event.client, "round": self.round, "missing": self.missing}
+            return [Log("info", "client_left_cohort", fields), *self._close_if_due(now)]
+        if event.client not in self.present:
+            self._newest_arrival = now
+        self.present[event.client] = event
+        if self.phase is Phase.FORMING:
+            return self._form(now)
+        if self.phase in (*_OPEN, Phase.CLOSED):
+            return self._deal(event.client, now)
+        return []
+
+    def _own_status(self, event: OwnStatusSeen, _now: float) -> list[Action]:
+        if event.boot > self.boot:
+            self.phase = Phase.STOPPED
+            return [Exit(f"another aggregator (boot {event.boot}) has taken the region over")]
+        if event.boot < self.boot or not event.online:  # a stale will or an old message
+            return [PublishStatus()]
+        return []
+
+    def _tick_forming(self, _event: Tick, now: float) -> list[Action]:
+        return self._form(now)
+
+    def _tick_open(self, _event: Tick, now: float) -> list[Action]:
+        if now < self.deadline:
+            return []
+        if len(self.members) >= self.policy.minimum:
+            return self._close(now)
+        self.phase = Phase.STARVING
+        self.deadline = now + self.policy.deadline
+        fields = {
+            "round": self.round,
+            "received": len(self.members),
+            "minimum": self.policy.minimum,
+            "waiting_for": self.missing[:10],
+            "setting": "MIN_CLIENTS",
+        }
+        return [Log("warning", "round_starving", fields), PublishStatus()]
+
+    def _close_if_due(self, now: float) -> list[Action]:
+        enough = len(self.members) >= self.policy.minimum
+        if self.policy.quorum is None:
+            complete = not self.missing
+        else:
+            complete = len(self.members) >= self.policy.quorum
+        if enough and (complete or self.phase is Phase.STARVING):
+            return self._close(now)
+        return []
+
+    # Closing
+
+    def _close(self, now: float) -> list[Action]:
+        assert self.run is not None
+        self.phase = Phase.CLOSING
+        left_out = {
+            client: "offline" if client in self._departed else "no update in time"
+            for client in sorted(self.cohort - self.members.keys())
+        }
+        metrics = {name: total / weight for name, (total, weight) in self._metrics.items()}
+        return [
+            Commit(
+                self.run,
+                self.round,
+                self._total,
+                dict(self.members),
+                left_out,
+                metrics,
+                now - self._opened,
+            )
+        ]
+
+    def _committed(self, _event: Committed, _now: float) -> list[Action]:
+        assert self.run is not None
+        self.phase = Phase.CLOSED
+        self._total = WeightedSum(0)
+        return [
+            PublishPartial(self.run, self.round),
+            AnswerMembers(self.run, self.round, tuple(sorted(self.members))),
+            PublishStatus(),
+        ]
+
+    def _commit_failed(self, event: CommitFailed, now: float) -> list[Action]:
+        if event.another_owner:
+            self.phase = Phase.STOPPED
+            return [Exit(event.reason)]
+        self.phase = Phase.DEGRADED
+        self._retry_at = now + self._retry_after
+        fields = {"error": event.reason, "retry_seconds": self._retry_after}
+        self._retry_after = min(2 * self._retry_after, RETRY_SECONDS[1])
+        return [Log("error", "partial_not_stored", fields), PublishStatus()]
+
+    def _tick_degraded(self, _event: Tick, now: float) -> list[Action]:
+        # Without a bound of its own: the server's ROUND_TIMEOUT ends the round or the run.
+        return self._close(now) if now >= self._retry_at else []
+
+    # Anything
+
+    def _connected(self, _event: Connected, _now: float) -> list[Action]:
+        if self.phase is Phase.CLOSED and self.run is not None:
+            return [PublishStatus(), PublishPartial(self.run, self.round)]
+        return [PublishStatus()]
+
+    def _ignore(self, _event: Event, _now: float) -> list[Action]:
+        return []
+
+    def _update_when_finished(self, event: UpdateArrived, _now: float) -> list[Action]:
+        return [self._answer(event, "late", f"run {self.run} is finished")]
+
+
+_OPEN = (Phase.OPEN, Phase.STARVING)
+_R = RegionRounds
+_Handler = Callable[[RegionRounds, Any, float], list[Action]]
+_LIVE = [phase for phase in Phase if phase is not Phase.STOPPED]
+
+# (event, phase) -> handler. An update that finds no open round because the aggregator is still
+# gathering or is just committing is ignored: its owner repeats it.
+TABLE: dict[type, dict[Phase, _Handler]] = {
+    Connected: dict.fromkeys(_LIVE, _R._connected),
+    ModelArrived: dict.fromkeys(_LIVE, _R._model),
+    UpdateArrived: {
+        Phase.WAITING: _R._ignore,
+        Phase.FORMING: _R._ignore,
+        Phase.OPEN: _R._update,
+        Phase.STARVING: _R._update,
+        Phase.CLOSING: _R._ignore,
+        Phase.DEGRADED: _R._ignore,
+        Phase.CLOSED: _R._update_when_closed,
+        Phase.FINISHED: _R._update_when_finished,
+    },
+    PresenceSeen: dict.fromkeys(_LIVE, _R._presence),
+    OwnStatusSeen: dict.fromkeys(_LIVE, _R._own_status),
+    Tick: dict.fromkeys(_LIVE, _R._ignore)
+    | {
+        Phase.FORMING: _R._tick_forming,
+        Phase.OPEN: _R._tick_open,
+        Phase.STARVING: _R._tick_open,
+        Phase.DEGRADED: _R._tick_degraded,
+    },
+    Committed: {Phase.CLOSING: _R._committed},
+    CommitFailed: {Phase.CLOSING: _R._commit_failed},
+}
