@@ -189,7 +189,7 @@ class CentralSettings(DataSettings, _WithRegions):
     """Settings of the central server."""
 
     rounds: int = Field(3, ge=1, description="global rounds of a run")
-    local_epochs: int = Field(1, ge=1, description="passes over a client's examples in a round")
+    local_epochs: int = Field(3, ge=1, description="passes over a client's examples in a round")
     batch_size: int = Field(32, ge=1, description="examples per training step")
     learning_rate: float = Field(1e-3, gt=0, description="of the clients' Adam")
     seed: int = Field(42, ge=0, description="of initial weights, partition and shuffling")

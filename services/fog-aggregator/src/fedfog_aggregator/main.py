@@ -9,6 +9,7 @@ import structlog
 from fedfog import service
 from fedfog.core import rounds
 from fedfog.core.phases import Phase
+from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.logs import Step
@@ -257,7 +258,7 @@ class Aggregator:
                     self._exit = service.EXIT_SUCCEEDED_BY_ANOTHER
 
     def _store_cohort(
-        self, run: str, round_: int, cohort: frozenset[str], slots: rounds.SlotTable
+        self, run: str, round_: int, cohort: frozenset[str], slots: SlotTable
     ) -> None:
         try:
             self._store.save_cohort(run, round_, cohort, slots, self._settings.keep_rounds)

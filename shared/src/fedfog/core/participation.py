@@ -189,6 +189,12 @@ class Participation:
         """The slot in the present run, if it was dealt."""
         return self.slot.slot if self.slot and self.slot.run == self.run else None
 
+    def is_news(self, event: ModelArrived) -> bool:
+        """True if the model is newer than all that the client has seen."""
+        if event.run_started < self._run_started:
+            return False
+        return event.run != self.run or event.round > self.round
+
     def _connected(self, _event: Connected, now: float) -> list[Action]:
         actions: list[Action] = [Announce()]
         if self.duty in (Duty.SENDING, Duty.HELD):
@@ -199,9 +205,9 @@ class Participation:
 
     def _model(self, event: ModelArrived, now: float) -> list[Action]:
         same_run = event.run == self.run
-        if event.run_started < self._run_started or (same_run and event.round <= self.round):
-            if same_run:
-                self._run_started = max(self._run_started, event.run_started)
+        if not self.is_news(event):
+            if same_run and event.round == self.round:  # the outbox did not say when its run began
+                self._run_started = event.run_started
             return []
         actions = self._void()
         if not same_run:

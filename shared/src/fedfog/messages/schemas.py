@@ -45,9 +45,11 @@ class Evaluation(BaseModel):
 
     round: Round
     num_examples: Examples
-    loss: float
+    loss: float | None = Field(description="mean cross-entropy; none if it is not finite")
     accuracy: float = Field(ge=0, le=1)
-    auroc: float = Field(ge=0, le=1)
+    auroc: float | None = Field(
+        ge=0, le=1, description="none if the examples or the scores do not define it"
+    )
     macro_f1: float = Field(ge=0, le=1)
     confusion_matrix: list[list[int]] = Field(description="rows: true class, columns: predicted")
 

@@ -1,0 +1,1 @@
+"""The edge client: as many as there are devices."""

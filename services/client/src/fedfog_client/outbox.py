@@ -1,0 +1,47 @@
+"""The update that was trained but is not answered yet, as a file that survives a crash."""
+
+from pathlib import Path
+
+import structlog
+
+from fedfog.files import write_atomically
+from fedfog.messages.codec import CodecError, decode
+from fedfog.messages.schemas import UpdateMeta
+
+log = structlog.get_logger()
+
+
+class Outbox:
+    """At most one update; a newer one takes its place."""
+
+    def __init__(self, state_dir: Path) -> None:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        self.path = state_dir / "outbox.safetensors"
+        self.payload: bytes | None = None
+
+    def load(self) -> UpdateMeta | None:
+        """What an earlier life left here; a damaged file is removed, and the log says so."""
+        if not self.path.exists():
+            return None
+        payload = self.path.read_bytes()
+        try:
+            update = decode(payload, UpdateMeta)
+        except CodecError as error:
+            log.warning("outbox_damaged", path=str(self.path), reason=str(error))
+            self.clear()
+            return None
+        self.payload = payload
+        return update.meta
+
+    def put(self, payload: bytes) -> None:
+        """Keep an update. If the disk is full it is kept in memory only, and the log says so: it
+        would be lost with this process, but nobody has accepted it yet."""
+        self.payload = payload
+        try:
+            write_atomically(self.path, payload)
+        except OSError as error:
+            log.error("outbox_not_written", path=str(self.path), error=str(error))
+
+    def clear(self) -> None:
+        self.payload = None
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Training in a thread of its own, so that messages are answered while a model is trained."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import structlog
+
+from fedfog.core.slots import slot_indices
+from fedfog.messages.codec import TensorMessage, TensorTable, Vector
+from fedfog.messages.schemas import ClientMetrics, ModelMeta, Slot
+from fedfog.settings import ClientSettings
+
+log = structlog.get_logger()
+
+# More slots than a region will ever have: makes the numbers of all slots of all regions differ.
+SLOTS_PER_REGION = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train from this global model on this slot for `round`."""
+
+    run: str
+    round: int
+    model: TensorMessage[ModelMeta]
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a job gave: the new weights, float32 of shape (num_parameters,)."""
+
+    job: Job
+    table: TensorTable
+    vector: Vector
+    num_examples: int
+    metrics: ClientMetrics
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingFailed:
+    error: Exception
+
+
+class Trainer(threading.Thread):
+    """Works on the newest job; PyTorch is imported here, after the connection is under way."""
+
+    def __init__(self, settings: ClientSettings, report: Callable[[Any], None]) -> None:
+        super().__init__(name="trainer", daemon=True)
+        self._settings = settings
+        self._report = report
+        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._wanted: Job | None = None
+        self._data: tuple[Any, Any] | None = None
+        self._data_key: tuple[Slot, int] | None = None
+
+    def submit(self, job: Job) -> None:
+        self._wanted = job
+        self._jobs.put(job)
+
+    def cancel(self) -> None:
+        """Stop the present job at its next batch; it reports nothing."""
+        self._wanted = None
+
+    def run(self) -> None:
+        try:
+            import torch
+
+            from fedfog.ml.task import load_task
+
+            torch.set_num_threads(self._settings.training_threads)
+            task = load_task(self._settings.task, data_dir=self._settings.data_dir)
+            while True:
+                job = self._jobs.get()
+                if job is self._wanted and (trained := self._train(task, job)):
+                    self._report(trained)
+        except Exception as error:  # noqa: BLE001 (it ends the service, in the main thread)
+            self._report(TrainingFailed(error))
+
+    def _train(self, task: Any, job: Job) -> Trained | None:
+        from fedfog.ml import training
+        from fedfog.ml.evaluation import evaluate
+
+        began = time.monotonic()
+        parameters = job.model.meta.hyperparameters
+        examples, validation = self._examples(task, job.slot, parameters.seed)
+        model = task.build_model(parameters.seed)
+        training.load_arrays(model, job.model.table.unflatten(job.model.vector))
+        received = evaluate(task, model, validation) if len(validation) else None
+        slot = global_slot(job.slot)
+        result = training.train_local(
+            task,
+            model,
+            examples,
+            epochs=parameters.local_epochs,
+            batch_size=parameters.batch_size,
+            learning_rate=parameters.learning_rate,
+            seed=training.round_seed(parameters.seed, job.round, slot),
+            on_epoch=lambda epoch, epochs, loss, accuracy: log.info(
+                "epoch",
+                round=job.round,
+                epoch=f"{epoch}/{epochs}",
+                loss=round(loss, 4),
+                accuracy=round(accuracy, 4),
+            ),
+            should_stop=lambda: self._wanted is not job,
+        )
+        if result is None:
+            log.info("training_cancelled", round=job.round)
+            return None
+        arrays = training.state_arrays(model)
+        table = TensorTable.of(arrays)
+        return Trained(
+            job,
+            table,
+            table.flatten(arrays),
+            result.num_examples,
+            ClientMetrics(
+                train_loss=result.loss,
+                validation_loss=received.loss if received else None,
+                validation_accuracy=received.accuracy if received else None,
+            ),
+            time.monotonic() - began,
+        )
+
+    def _examples(self, task: Any, slot: Slot, seed: int) -> tuple[Any, Any]:
+        """Training and validation examples of a slot; kept until the slot changes."""
+        from fedfog.ml.training import round_seed, split_validation
+
+        if self._data is None or self._data_key != (slot, seed):
+            labels = task.training_labels()
+            mine = slot_indices(
+                len(labels), slot.slot, slot.slots, slot.region_index, slot.regions, seed
+            )
+            if len(mine) == 0:
+                raise ValueError(
+                    f"slot {slot.slot} of {slot.slots} is empty: the training set has only "
+                    f"{len(labels)} examples; start fewer clients"
+                )
+            kept, validation = split_validation(
+                mine,
+                labels,
+                self._settings.validation_fraction,
+                round_seed(seed, 0, global_slot(slot)),
+            )
+            self._data = (task.training_data(kept), task.training_data(validation))
+            self._data_key = (slot, seed)
+            log.info(
+                "data_slot",
+                slot=f"{slot.slot} of {slot.slots}",
+                region=f"{slot.region_index} of {slot.regions}",
+                training=len(kept),
+                validation=len(validation),
+            )
+        return self._data
+
+
+def global_slot(slot: Slot) -> int:
+    """A number that no other slot of any region has: part of the seed of what a client draws."""
+    return slot.region_index * SLOTS_PER_REGION + slot.slot
