@@ -1,0 +1,137 @@
+"""A local MQTT broker for `fedfog demo`: Mosquitto if it is installed, else an embedded one.
+
+The embedded one is rumqttd (package `iotcore`). It keeps nothing over a restart and is made for
+the demo and tests; a deployment uses Mosquitto (see `mosquitto/mosquitto.conf`).
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from fedfog.service import ServiceError, spawn
+
+Kind = Literal["mosquitto", "embedded"]
+
+START_SECONDS = 15.0
+MAX_PACKET_BYTES = 20_000_000
+
+_MOSQUITTO = """\
+listener {port} 127.0.0.1
+allow_anonymous true
+max_inflight_messages 200
+max_queued_messages 20000
+max_queued_bytes 0
+max_packet_size {max_packet}
+set_tcp_nodelay true
+persistence {persistence}
+persistence_location {folder}/
+autosave_interval 10
+"""
+
+# The MQTT 5 listener exists only with a configuration file; its default limit is 20 kB.
+_EMBEDDED = """\
+id = 0
+[router]
+id = 0
+max_connections = 10010
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 4
+[v5.1]
+name = "fedfog"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = {max_packet}
+max_inflight_count = 100
+dynamic_filters = true
+"""
+
+
+def installed_mosquitto() -> str | None:
+    """Path of the `mosquitto` program; it often lies outside of a user's PATH."""
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalBroker:
+    """A broker process on loopback, with its configuration in `folder`.
+
+    Args:
+        kind: `mosquitto` or `embedded`; default: Mosquitto if it is installed.
+        persistence: Mosquitto keeps sessions and retained messages over a restart.
+    """
+
+    def __init__(self, folder: Path, kind: Kind | None = None, persistence: bool = False) -> None:
+        self.kind: Kind = kind or ("mosquitto" if installed_mosquitto() else "embedded")
+        self.host, self.port = "127.0.0.1", free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log = folder / "broker.log"
+        self._config = folder / "broker.conf"
+        folder.mkdir(parents=True, exist_ok=True)
+        template = _MOSQUITTO if self.kind == "mosquitto" else _EMBEDDED
+        self._config.write_text(
+            template.format(
+                port=self.port,
+                max_packet=MAX_PACKET_BYTES,
+                persistence=str(persistence).lower(),
+                folder=folder.resolve(),
+            )
+        )
+
+    def start(self) -> "LocalBroker":
+        """Start it, and return when it takes connections.
+
+        Raises:
+            ServiceError: it does not come up; the text has the end of its log.
+        """
+        if self.kind == "mosquitto":
+            program = installed_mosquitto()
+            if program is None:
+                raise ServiceError("Mosquitto is not installed: use the embedded broker")
+            command = [program, "-c", str(self._config)]
+        else:
+            command = [sys.executable, "-m", "fedfog.cli.broker", str(self._config)]
+        self.process = spawn(command, self._log)
+        deadline = time.monotonic() + START_SECONDS
+        while not self._listens():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                end = self._log.read_text(errors="replace")[-500:]
+                raise ServiceError(f"the {self.kind} broker does not start ({self._log}): {end}")
+            time.sleep(0.01)
+        return self
+
+    def stop(self, timeout: float = 3.0) -> None:
+        """Terminate it, and kill it if that does not help."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            return probe.connect_ex((self.host, self.port)) == 0
+
+
+if __name__ == "__main__":
+    import iotcore
+
+    iotcore.Broker(config_path=sys.argv[1]).run_forever()
