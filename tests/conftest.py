@@ -12,6 +12,8 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fedfog.cli.broker import LocalBroker, installed_mosquitto
 
@@ -25,23 +27,29 @@ class Peer:
         self.received: list[tuple[str, bytes]] = []
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
+        self._filters = filters
         self._client = client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5
+            CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5
         )
-        client.on_connect = lambda *_: (
-            client.subscribe([(f, paho.SubscribeOptions(qos=1)) for f in filters])
-            if filters
-            else self._subscribed.set()
-        )
-        client.on_subscribe = lambda *_: self._subscribed.set()
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.connect_async("127.0.0.1", port, 30)
         client.loop_start()
         assert self._subscribed.wait(10), "the test's MQTT peer does not get through"
 
+    def _on_connect(self, client: paho.Client, *_: Any) -> None:
+        if self._filters:
+            client.subscribe([(f, SubscribeOptions(qos=1)) for f in self._filters])
+        else:
+            self._subscribed.set()
+
+    def _on_subscribe(self, *_: Any) -> None:
+        self._subscribed.set()
+
     def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
         with self._changed:
-            self.received.append((message.topic, message.payload))
+            self.received.append((message.topic, bytes(message.payload)))
             self._changed.notify_all()
 
     def publish(self, topic: str, payload: bytes | str, retain: bool = False) -> None:
