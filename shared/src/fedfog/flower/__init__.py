@@ -1,0 +1,20 @@
+"""What speaks Flower.
+
+The Fleet and Control clients (`fleet.py`) use names that Flower does not promise to keep, so one
+version is supported at a time; `tests/integration/test_flower_contract.py` says whether another
+one will do.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+FLWR_VERSION = "1.42.0"
+
+try:
+    _found = version("flwr")
+except PackageNotFoundError:
+    _found = "none"
+if _found != FLWR_VERSION:
+    raise ImportError(
+        f"fedfog.flower needs flwr=={FLWR_VERSION}, found {_found}: "
+        "pip install 'fedfog[flower]' into an environment of its own"
+    )

@@ -1,0 +1,1 @@
+"""The fog bridge: hands a region's partial aggregate to the Flower server."""

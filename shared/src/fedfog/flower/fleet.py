@@ -1,0 +1,334 @@
+"""Everything that uses names which Flower does not promise to keep: a node's session with the
+SuperLink (Fleet API), and submitting and watching a run (Control API), both in process.
+
+`FleetSession` speaks to the SuperLink through Flower's HTTP client itself and not through
+`http_request_response`, on which the stock SuperNode is built: that one retries for ever, logs and
+swallows what its body raises, and sends SIGINT to its own process when the SuperLink has been
+restarted, so that only a supervisor could bring the node back.
+"""
+
+import hashlib
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import httpx
+import structlog
+from flwr.app import Message, RecordDict
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+if TYPE_CHECKING:
+    from flwr.supercore.control import ControlHttpClient
+
+log = structlog.get_logger()
+
+# Flower takes a node for gone after two intervals without a heartbeat.
+HEARTBEAT_INTERVAL = 30.0
+HEARTBEAT_EVERY = 15.0
+CALL_TIMEOUT = 10.0
+
+# Environment of every Flower process: nothing calls out, and a new run is noticed at once.
+FLOWER_ENVIRONMENT: Mapping[str, str] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+
+class SuperLinkLostError(Exception):
+    """The SuperLink is gone or does not know this node any more: begin a new session."""
+
+
+class MessageLostError(Exception):
+    """This one message cannot be answered or confirmed any more: go on with the next."""
+
+
+class ControlError(Exception):
+    """The SuperLink refused a command; the text is its reason."""
+
+
+class FleetSession:
+    """A node's session with a SuperLink. Its node id is new in every session.
+
+    `next_message` also sends the node's heartbeat, so call it at least every few seconds.
+
+    Args:
+        address: host:port of the SuperLink.
+
+    Raises:
+        SuperLinkLostError: by every method, when the session has come to its end.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        keys = generate_key_pairs()
+        public_key = public_key_to_bytes(keys[1])
+        self._client = FleetHttpClient(
+            f"http://{address}",
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(*keys),
+            ],
+            timeout=CALL_TIMEOUT,
+        )
+        try:
+            self._call(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=public_key))
+            active = self._call(
+                self._client.ActivateNode,
+                ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_INTERVAL),
+            )
+        except SuperLinkLostError:
+            self._client.close()
+            raise
+        self._node = Node(node_id=active.node_id)
+        self._heartbeat_due = time.monotonic() + HEARTBEAT_EVERY
+
+    @property
+    def node_id(self) -> int:
+        return self._node.node_id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close(sign_off=not isinstance(error, SuperLinkLostError))
+
+    def close(self, sign_off: bool = True) -> None:
+        """End the session; with `sign_off`, the SuperLink forgets the node at once."""
+        try:
+            if sign_off:
+                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+                self._call(
+                    self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id)
+                )
+        except (SuperLinkLostError, MessageLostError) as error:
+            log.info("flower_sign_off_failed", error=str(error))
+        finally:
+            self._client.close()
+
+    def next_message(self) -> Message | None:
+        """The next message for this node, without its content, or None. It is delivered once."""
+        now = time.monotonic()
+        if now >= self._heartbeat_due:
+            alive = self._call(
+                self._client.SendNodeHeartbeat,
+                SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL),
+            )
+            if not alive.success:
+                raise SuperLinkLostError(
+                    f"the SuperLink at {self._address} does not know this node"
+                )
+            self._heartbeat_due = now + HEARTBEAT_EVERY
+        answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        return message_from_proto(answer.messages_list[0]) if answer.messages_list else None
+
+    def reply(self, message: Message, content: RecordDict) -> None:
+        """Answer `message`; when this returns, the server can pull the whole reply.
+
+        Raises:
+            MessageLostError: the message expired, was answered before, or its run is over.
+        """
+        run_id = message.metadata.run_id
+        reply = Message(content, reply_to=message)
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            tree = get_object_tree(reply)
+            objects = {key: o.deflate() for key, o in get_all_nested_objects(reply).items()}
+        # Deflated before it is announced: a server that looks in between backs off for a second.
+        answer = self._call(
+            self._client.PushMessages,
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[0.0],
+            ),
+            forbidden=MessageLostError,
+        )
+        missing = set(answer.objects_to_push)
+        # The handler reports success for a reply that it did not store; then it wants nothing.
+        if reply.object_id not in missing:
+            raise MessageLostError("the SuperLink does not wait for this reply (any more)")
+        for object_id in objects.keys() & missing:
+            pushed = self._call(
+                self._client.PushObject,
+                PushObjectRequest(
+                    node=self._node,
+                    run_id=run_id,
+                    object_id=object_id,
+                    object_content=objects[object_id],
+                    session_id=answer.session_id,
+                ),
+                forbidden=MessageLostError,
+            )
+            if not pushed.stored:
+                raise MessageLostError("the SuperLink did not store an object of the reply")
+
+    def confirm(self, message: Message) -> None:
+        """Let the SuperLink delete `message`. Not before its successor is in hand: until then
+        the server may still be pushing its objects, and a confirm in between ends the run.
+
+        Raises:
+            MessageLostError: its run is over.
+        """
+        self._call(
+            self._client.ConfirmMessageReceived,
+            ConfirmMessageReceivedRequest(
+                node=self._node,
+                run_id=message.metadata.run_id,
+                message_object_id=message.metadata.message_id,
+            ),
+            forbidden=MessageLostError,
+        )
+
+    def _call(
+        self,
+        method: Callable[[Request], Answer],
+        request: Request,
+        forbidden: type[Exception] = SuperLinkLostError,
+    ) -> Answer:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            status, reason = error.response.status_code, _reason(error)
+            if status == httpx.codes.FORBIDDEN:
+                raise forbidden(f"SuperLink {self._address} forbids it: {reason}") from error
+            if status == httpx.codes.UNAUTHORIZED:
+                reason = "it does not know this node (restarted?)"
+            raise SuperLinkLostError(
+                f"SuperLink {self._address} answered {status}: {reason}"
+            ) from error
+        except (httpx.TransportError, ValueError) as error:
+            kind = type(error).__name__
+            raise SuperLinkLostError(f"SuperLink {self._address}: {kind}: {error}") from error
+
+
+def _reason(error: httpx.HTTPStatusError) -> str:
+    text = error.response.text
+    known = FlowerError.from_json(text)
+    return f"{known.message} [{known.code}]" if known else text[:200]
+
+
+# Control API. Imported when used: a bridge needs none of it and starts sooner.
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """State of a Flower run: pending, starting, running, finished:completed, finished:failed or
+    finished:stopped."""
+
+    state: str
+    details: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.state.startswith("finished")
+
+
+def submit_run(address: str, app_dir: Path, run_config: Mapping[str, str | int | float]) -> int:
+    """Start the Flower app in `app_dir` (a folder with its pyproject.toml) and return the run id.
+
+    Raises:
+        ControlError: the SuperLink refused it or cannot be reached.
+    """
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.serde import fab_to_proto, user_config_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    bundle = build_fab_from_disk(app_dir)
+    fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+    request = StartRunRequest(
+        fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
+    )
+    with _control(address) as client:
+        return client.StartRun(request).run_id
+
+
+def stop_run(address: str, run_id: int) -> None:
+    """Stop a run.
+
+    Raises:
+        ControlError: it is over already, or the SuperLink cannot be reached.
+    """
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    with _control(address) as client:
+        client.StopRun(StopRunRequest(run_id=run_id))
+
+
+def run_status(address: str, run_id: int) -> RunStatus:
+    """State of a run.
+
+    Raises:
+        ControlError: the SuperLink does not know the run or cannot be reached.
+    """
+    from flwr.proto.control_pb2 import ListRunsRequest
+
+    with _control(address) as client:
+        status = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+    state = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
+    return RunStatus(state, status.details)
+
+
+@contextmanager
+def _control(address: str) -> Iterator["ControlHttpClient"]:
+    from flwr.supercore.control import ControlHttpClient
+
+    interceptor = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    client = ControlHttpClient(f"http://{address}", interceptors=[interceptor])
+    try:
+        yield client
+    except httpx.HTTPStatusError as error:
+        raise ControlError(f"SuperLink {address} refused: {_reason(error)}") from error
+    except httpx.TransportError as error:
+        raise ControlError(f"SuperLink {address} cannot be reached: {error}") from error
+    finally:
+        client.close()
+
+
+def load_superlink() -> Callable[[], None]:
+    """Import all that `flower-superlink` needs, also what it would import late, and return its
+    main function, which reads `sys.argv`."""
+    importlib.import_module("flwr.superlink.main")
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    sys.argv[0] = "flower-superlink"
+    return flower_superlink
