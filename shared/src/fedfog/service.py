@@ -52,27 +52,42 @@ def on_stop(put: Callable[[StopRequested], None]) -> None:
     signal.signal(signal.SIGINT, handle)
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def spawn(
-    command: Sequence[str], log_file: Path, env: Mapping[str, str] | None = None
+    command: Sequence[str], env: Mapping[str, str] | None = None, log_file: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own, its output in `log_file`, that on Linux dies with
-    this process even if this is killed with SIGKILL.
+    """Start a child that does not outlive this process, not even if it is killed (on Linux).
+
+    Only for the main thread: the kernel takes the end of the thread that forked for the end of
+    the parent (prctl(2)). The child has a session of its own, so that Ctrl-C reaches it only
+    through this process.
 
     Args:
         env: variables on top of this process's own.
+        log_file: where the child's output is appended; default: this process's output.
     """
-    with log_file.open("ab") as output:
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def die_with_parent() -> None:
+        if libc is not None and libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(EXIT_FAILED)
+
+    output = log_file.open("ab") if log_file else None
+    try:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if output else None,
             env={**os.environ, **(env or {})},
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent,
         )
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    finally:
+        if output:
+            output.close()

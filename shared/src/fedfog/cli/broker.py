@@ -103,7 +103,7 @@ class LocalBroker:
             command = [program, "-c", str(self._config)]
         else:
             command = [sys.executable, "-m", "fedfog.cli.broker", str(self._config)]
-        self.process = spawn(command, self._log)
+        self.process = spawn(command, log_file=self._log)
         deadline = time.monotonic() + START_SECONDS
         while not self._listens():
             if self.process.poll() is not None or time.monotonic() > deadline:
