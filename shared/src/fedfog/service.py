@@ -1,4 +1,8 @@
-"""How a service starts, stops and fails, the same for all tiers."""
+"""How a service starts, stops and fails, the same for all tiers.
+
+What only a running service needs is imported when it runs: `fedfog demo` has started all tiers
+before it would have imported it.
+"""
 
 import ctypes
 import os
@@ -8,14 +12,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import structlog
-
-from fedfog import logs
-from fedfog.settings import CommonSettings
-from fedfog.transport.mqtt import TransportError
-
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from fedfog.settings import CommonSettings
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -30,14 +30,19 @@ class ServiceError(Exception):
     """The service cannot go on; the text says why and what to do."""
 
 
-def run(name: str, settings: CommonSettings, body: Callable[[], int], **context: object) -> None:
+def run(name: str, settings: "CommonSettings", body: Callable[[], int], **context: object) -> None:
     """Run a service's body and end the process with its exit code; an error that it foresees is
     one log line, not a traceback."""
+    import structlog
+
+    from fedfog import logs
+    from fedfog.transport.mqtt import TransportError
+
     logs.configure(name, settings.log_level, settings.log_format, **context)
     try:
         code = body()
     except (ServiceError, TransportError, OSError) as error:
-        log.error("service_failed", error=str(error), kind=type(error).__name__)
+        structlog.get_logger().error("service_failed", error=str(error), kind=type(error).__name__)
         code = EXIT_FAILED
     sys.exit(code)
 

@@ -4,6 +4,7 @@ The embedded one is rumqttd (package `iotcore`). It keeps nothing over a restart
 the demo and tests; a deployment uses Mosquitto (see `mosquitto/mosquitto.conf`).
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -54,8 +55,11 @@ dynamic_filters = true
 
 
 def installed_mosquitto() -> str | None:
-    """Path of the `mosquitto` program; it often lies outside of a user's PATH."""
-    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    """Path of the `mosquitto` program; Debian puts it into an `sbin` beside the `bin` that is in
+    a user's PATH."""
+    folders = [Path(folder) for folder in os.get_exec_path()]
+    both = [*folders, *(folder.with_name("sbin") for folder in folders if folder.name)]
+    return shutil.which("mosquitto", path=os.pathsep.join(map(str, both)))
 
 
 def free_port() -> int:
