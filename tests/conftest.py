@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -34,9 +35,13 @@ class Peer:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
+        client.on_socket_open = self._on_socket_open
         client.connect_async("127.0.0.1", port, 30)
         client.loop_start()
         assert self._subscribed.wait(10), "the test's MQTT peer does not get through"
+
+    def _on_socket_open(self, _client: Any, _data: Any, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _on_connect(self, client: paho.Client, *_: Any) -> None:
         if self._filters:

@@ -11,7 +11,6 @@ sees `Connected`. So a broker that comes back empty, or with old retained messag
 import queue
 import random
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -91,8 +90,8 @@ class Session:
         self._unacknowledged: _Delivery | None = None
         self._packet_limit: int | None = None
         self._drops: deque[float] = deque(maxlen=CONTESTED_DROPS)
-        self._in_flight: dict[int, str] = {}
-        self._all_sent = threading.Condition()
+        self._sent: deque[mqtt.MQTTMessageInfo] = deque()
+        self._topics: dict[int, str] = {}
         self._client = client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
         )
@@ -156,21 +155,31 @@ class Session:
             )
         if not self.connected:
             return False
-        with self._all_sent:
-            info = self._client.publish(topic, payload, qos=1, retain=retain)
-            self._in_flight[info.mid] = topic
+        # No lock of ours is held here: paho calls back while it holds its own.
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc != mqtt.MQTT_ERR_SUCCESS:  # the connection broke just now
+            return False
+        self._topics[info.mid] = topic
+        self._sent.append(info)
+        while self._sent and self._sent[0].is_published():
+            self._sent.popleft()
         return True
 
     def flush(self, timeout: float) -> bool:
         """Wait until the broker has all that was published; False after `timeout` seconds."""
-        with self._all_sent:
-            return self._all_sent.wait_for(lambda: not self._in_flight, timeout)
+        deadline = time.monotonic() + timeout
+        while self._sent:
+            self._sent[0].wait_for_publish(max(0.0, deadline - time.monotonic()))
+            if not self._sent[0].is_published():
+                return False
+            self._sent.popleft()
+        return True
 
     def stop(self, timeout: float = 2.0) -> None:
         """Flush, disconnect (the will is not published) and end the network thread."""
         self._acknowledge()
         if self.connected and not self.flush(timeout):
-            log.warning("mqtt_not_flushed", unsent=sorted(set(self._in_flight.values())))
+            log.warning("mqtt_not_flushed", messages=len(self._sent))
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -208,8 +217,7 @@ class Session:
         self._generation += 1
         if self._subscriptions:
             self._client.subscribe([(t, SubscribeOptions(qos=1)) for t in self._subscriptions])
-        with self._all_sent:
-            self._offline_since = None
+        self._offline_since = None
         log.debug("mqtt_connected", broker=f"{self._host}:{self._port}", id=self._id)
         self.events.put(Connected())
 
@@ -225,11 +233,7 @@ class Session:
     def _on_disconnect(self, _c: Any, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
         if self._offline_since is not None:
             return
-        now = time.monotonic()
-        with self._all_sent:
-            self._offline_since = now
-            self._in_flight.clear()
-            self._all_sent.notify_all()
+        self._offline_since = now = time.monotonic()
         self._drops.append(now)
         self.events.put(Disconnected(str(reason)))
 
@@ -238,8 +242,6 @@ class Session:
         self.events.put(_Delivery(received, message.mid, self._generation))
 
     def _on_publish(self, _c: Any, _u: Any, mid: int, reason: Any, _p: Any) -> None:
-        with self._all_sent:
-            topic = self._in_flight.pop(mid, "")
-            self._all_sent.notify_all()
+        topic = self._topics.pop(mid, "")
         if reason.is_failure:
             log.error("mqtt_publish_refused", topic=topic, reason=str(reason))

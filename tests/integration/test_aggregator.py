@@ -1,0 +1,389 @@
+"""The running aggregator, over a real broker, against well- and ill-behaved clients."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Peer, Service
+from fedfog.cli.broker import LocalBroker
+from fedfog.messages.codec import TensorMessage, TensorTable, decode
+from fedfog.messages.schemas import PartialMeta
+from wire import TABLE, birth, constant, death, model, update
+
+BASE = constant(0.25)
+MODULE = "fedfog_aggregator.main"
+
+
+class Region:
+    """A running aggregator of `region_0`, and a peer that plays its clients and the server."""
+
+    def __init__(self, service: Service, peer: Peer) -> None:
+        self.service, self.peer = service, peer
+
+    def present(self, *clients: str, boot: int = 1) -> None:
+        for client in clients:
+            self.peer.publish(f"fl/presence/region_0/{client}", birth(boot), retain=True)
+
+    def open(self, *clients: str, round: int = 1, **fields: Any) -> None:
+        """Have the cohort present and the round opened."""
+        self.present(*clients)
+        after = len(self.peer.received)
+        self.peer.publish("fl/global_model", model(BASE, round - 1, **fields), retain=True)
+        self.wait_phase("open", round, after)
+
+    def wait_phase(self, phase: str, round: int, after: int = 0) -> None:
+        def seen(topic: str, payload: bytes) -> bool:
+            if topic != "fl/status/region_0":
+                return False
+            status = json.loads(payload)
+            return (status.get("phase"), status.get("round")) == (phase, round)
+
+        self.peer.wait_for(seen, after=after)
+
+    def send(self, client: str, value: float, **fields: Any) -> None:
+        payload = update(BASE, constant(value), client, **fields)
+        self.peer.publish(f"fl/updates/region_0/{client}", payload)
+
+    def receipt(self, client: str, verdict: str, after: int = 0) -> dict[str, Any]:
+        def seen(topic: str, payload: bytes) -> bool:
+            mine = topic == f"fl/receipts/region_0/{client}"
+            return mine and json.loads(payload)["verdict"] == verdict
+
+        return dict(json.loads(self.peer.wait_for(seen, after=after)))
+
+    def partial(self, round: int = 1, after: int = 0) -> TensorMessage[PartialMeta]:
+        def seen(topic: str, payload: bytes) -> bool:
+            if topic != "fl/partial/region_0":
+                return False
+            return decode(payload, PartialMeta).meta.round == round
+
+        return decode(self.peer.wait_for(seen, after=after), PartialMeta)
+
+
+@pytest.fixture
+def start(
+    broker: LocalBroker, services: Callable[..., Service], peers: Callable[..., Peer]
+) -> Iterator[Callable[..., Region]]:
+    def begin(**settings: object) -> Region:
+        defaults: dict[str, object] = {"cohort_settle": 0.2, "round_deadline": 60}
+        service = services(MODULE, broker, **(defaults | settings))
+        filters = ("fl/receipts/#", "fl/partial/#", "fl/status/#", "fl/slots/#", "fl/progress/#")
+        return Region(service, peers(broker.port, *filters))
+
+    yield begin
+
+
+def test_partial_is_the_mean_weighted_by_examples(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=3)
+    region.open("a", "b", "c")
+    for client, value, examples in (("a", 1, 10), ("b", 2, 10), ("c", 6, 80)):
+        region.send(client, value, num_examples=examples)
+    partial = region.partial()
+    assert partial.meta.members == {"a": 10, "b": 10, "c": 80}
+    assert partial.meta.num_examples == 100
+    np.testing.assert_allclose(partial.vector, 5.1, rtol=1e-7)
+    accepted = json.loads(region.peer.on("fl/receipts/region_0"))
+    assert accepted["members"] == ["a", "b", "c"]
+
+
+def hostile_payloads() -> dict[str, tuple[bytes, str]]:
+    """Payload of client `m`, and a word of the reason that it is refused with."""
+    good = update(BASE, constant(9), "m")
+    bigger = TensorTable((("bias", (3,)), ("weight", (5, 3))))
+    nan, infinity = constant(1), constant(1)
+    nan[4], infinity[4] = np.nan, np.inf
+    return {
+        "not safetensors": (b"\xff\xfe", "header"),
+        "empty json": (b"{}", "header"),
+        "null": (b"null", "header"),
+        "list": (b"[]", "header"),
+        "huge header length": (b"\xff" * 7 + b"\x7f" + b"{}", "header"),
+        "cut off": (good[:-4], "bytes"),
+        "oversized": (good + bytes(10_000_000), "bytes"),
+        "wrong shape": (
+            update(BASE, constant(1, bigger.num_parameters), "m", table=bigger),
+            "table",
+        ),
+        "wrong dtype": (good.replace(b'"F32"', b'"F64"', 1), "table"),
+        "unknown field": (good.replace(b"schema_version", b"schema_virgins"), "schema"),
+        "other client's name": (update(BASE, constant(9), "a"), "topic"),
+        "other region": (update(BASE, constant(9), "m", region="north"), "topic"),
+        "NaN": (update(BASE, nan, "m"), "NaN"),
+        "infinity": (update(BASE, infinity, "m"), "NaN or infinity"),
+        "other base model": (update(constant(3), constant(9), "m"), "base digest"),
+        "no examples": (good.replace(b'num_examples\\":10', b'num_examples\\":0 '), "examples"),
+        "negative examples": (
+            good.replace(b'num_examples\\":10', b'num_examples\\":-5'),
+            "examples",
+        ),
+        "too many examples": (
+            update(BASE, constant(9), "m", num_examples=10**8),
+            "MAX_EXAMPLES",
+        ),
+    }
+
+
+def test_bad_updates_get_a_reason_and_do_not_change_a_bit(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=3)
+    region.open("a", "b", "c")
+    region.send("a", 0.1, num_examples=7)
+    for name, (payload, word) in hostile_payloads().items():
+        after = len(region.peer.received)
+        region.peer.publish("fl/updates/region_0/m", payload)
+        receipt = region.receipt("m", "rejected", after)
+        assert word in receipt["reason"], name
+    for name, payload, word in (
+        ("another run", update(BASE, constant(9), "m", run="other"), "run"),
+        ("an earlier round", update(BASE, constant(9), "m", round=0), "round"),
+    ):
+        after = len(region.peer.received)
+        region.peer.publish("fl/updates/region_0/m", payload)
+        assert word in region.receipt("m", "late", after)["reason"], name
+    for _ in range(3):  # a duplicate, and another update in the same round
+        region.send("a", 0.1, num_examples=7)
+        region.send("a", 55.0, num_examples=7)
+    region.send("b", 0.2, num_examples=11)
+    region.send("c", 0.7, num_examples=13)
+    vectors = [constant(v).astype(np.float64) for v in (0.1, 0.2, 0.7)]
+    expected = (7 * vectors[0] + 11 * vectors[1] + 13 * vectors[2]) / 31
+    partial = region.partial()
+    assert partial.meta.members == {"a": 7, "b": 11, "c": 13}
+    assert partial.vector.tobytes() == expected.astype(np.float32).tobytes()
+
+
+def test_unnamed_senders_and_broken_presence_leave_the_aggregator_alive(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=1)
+    for topic in ("presence/region_0/x", "status/region_0", "global_model", "updates/region_0/x"):
+        for payload in (b"\xff\xfe", b"[]", b"null", b"{}", b'{"online": 7}'):
+            region.peer.publish(f"fl/{topic}", payload)
+    region.peer.publish("fl/updates/region_0/NotAName", b"x")
+    region.open("a")
+    region.send("a", 1)
+    assert region.partial().meta.members == {"a": 10}
+
+
+def test_round_closes_with_k_updates(start: Callable[..., Region]) -> None:
+    region = start(k=2, clients_expected=3)
+    region.open("a", "b", "c")
+    region.send("a", 1)
+    region.send("c", 3)
+    partial = region.partial()
+    assert partial.meta.members == {"a": 10, "c": 10}
+    assert partial.meta.left_out == {"b": "no update in time"}
+    after = len(region.peer.received)
+    region.send("b", 5)
+    region.receipt("b", "late", after)
+
+
+def test_round_closes_at_the_deadline_without_a_silent_client(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=3, round_deadline=1)
+    region.open("a", "b", "c")
+    region.send("a", 1)
+    region.send("b", 3)
+    partial = region.partial()
+    assert partial.meta.left_out == {"c": "no update in time"}
+    np.testing.assert_allclose(partial.vector, 2.0, rtol=1e-7)
+
+
+def test_round_closes_at_once_when_the_missing_client_dies(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=2, round_deadline=600)
+    region.open("a", "b")
+    region.send("a", 1)
+    region.receipt("a", "received")
+    region.peer.publish("fl/presence/region_0/b", death(), retain=True)
+    assert region.partial().meta.left_out == {"b": "offline"}
+
+
+def test_starving_round_says_whom_it_waits_for(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=2, min_clients=2, round_deadline=0.5)
+    region.open("a", "b")
+    region.send("a", 1)
+    region.wait_phase("starving", 1)
+    line = json.loads(region.service.wait_for_log("round_starving"))
+    assert line["waiting_for"] == ["b"]
+    assert line["setting"] == "MIN_CLIENTS"
+    region.send("b", 3)
+    assert region.partial().meta.members == {"a": 10, "b": 10}
+
+
+def test_updates_do_not_leak_into_the_next_round(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=2, k=1)
+    region.open("a", "b")
+    region.send("a", 1)
+    region.partial(1)
+    region.send("b", 100)
+    region.receipt("b", "late")
+    region.open("a", "b", round=2)
+    region.send("b", 4, round=2)
+    np.testing.assert_allclose(region.partial(2).vector, 4.0, rtol=1e-7)
+
+
+def test_killed_in_an_open_round_it_counts_the_repeated_updates_once(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=2)
+    region.open("a", "b")
+    region.send("a", 1)
+    boot = region.receipt("a", "received")["boot"]
+    region.service.kill()
+    after = len(region.peer.received)
+    again = start(clients_expected=2)
+    again.service.wait_for_log("round_open")
+    region.send("a", 1)
+    assert region.receipt("a", "received", after)["boot"] > boot
+    region.send("b", 3)
+    partial = region.partial(after=after)
+    assert partial.meta.members == {"a": 10, "b": 10}
+    np.testing.assert_allclose(partial.vector, 2.0, rtol=1e-7)
+
+
+def test_restarted_after_the_commit_it_publishes_the_same_partial_and_answers_accepted(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=1)
+    region.open("a")
+    region.send("a", 1)
+    first = region.partial()
+    region.service.kill()
+    region.peer.publish("fl/partial/region_0", b"", retain=True)  # the broker forgets it
+    after = len(region.peer.received)
+    start(clients_expected=1)
+    second = region.partial(after=after)
+    assert second.meta == first.meta
+    assert second.vector.tobytes() == first.vector.tobytes()
+    region.send("a", 1)
+    region.receipt("a", "accepted", after)
+
+
+def test_second_aggregator_of_a_region_takes_over_and_the_first_exits(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=1)
+    region.open("a")
+    higher = json.dumps({"online": True, "boot": 2**40})
+    region.peer.publish("fl/status/region_0", higher, retain=True)
+    assert region.service.wait() == 3
+    assert "another aggregator" in region.service.log.read_text()
+
+
+def test_stale_will_is_overwritten(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=1)
+    region.open("a")
+    after = len(region.peer.received)
+    region.peer.publish("fl/status/region_0", json.dumps({"online": False, "boot": 1}), True)
+    region.wait_phase("open", 1, after)
+
+
+def test_broker_restart_without_memory_loses_nothing(
+    start: Callable[..., Region], broker: LocalBroker
+) -> None:
+    region = start(clients_expected=2)
+    region.open("a", "b")
+    region.send("a", 1)
+    region.receipt("a", "received")
+    broker.stop()
+    after = len(region.peer.received)
+    broker.start()
+    region.wait_phase("open", 1, after)  # published again by its owner
+    region.send("b", 3)
+    assert region.partial().meta.members == {"a": 10, "b": 10}
+
+
+def test_broker_that_comes_up_late_is_waited_for(
+    broker: LocalBroker, services: Callable[..., Service]
+) -> None:
+    broker.stop()
+    service = services(MODULE, broker)
+    service.wait_for_log("mqtt_waiting_for_broker")
+    broker.start()
+    service.wait_for_log("mqtt_connected")
+    assert service.stop() == 0
+
+
+def test_absent_broker_ends_in_an_error_that_names_the_setting(
+    broker: LocalBroker, services: Callable[..., Service]
+) -> None:
+    broker.stop()
+    service = services(MODULE, broker, mqtt_timeout=1)
+    assert service.wait() == 1
+    assert "MQTT_TIMEOUT" in service.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("K", "0", "K="),
+        ("K", "some", "K="),
+        ("MQTT_PORT", "70000", "MQTT_PORT"),
+        ("REGION", "North Pole", "REGION"),
+        ("REGIONS", "a,b", "REGIONS"),
+        ("TOPIC_UPDATES", "fl/+", "TOPIC_UPDATES"),
+    ],
+)
+def test_impossible_setting_is_named(
+    broker: LocalBroker, services: Callable[..., Service], name: str, value: str, word: str
+) -> None:
+    service = services(MODULE, broker, **{name: value})
+    assert service.wait() in (1, 2)
+    assert word in service.log.read_text()
+
+
+def test_slots_are_disjoint_and_a_returning_client_keeps_its_own(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=3, regions="north,region_0")
+    region.open("a", "b", "c")
+    slots = {c: json.loads(region.peer.on(f"fl/slots/region_0/{c}")) for c in "abc"}
+    assert sorted(s["slot"] for s in slots.values()) == [0, 1, 2]
+    assert {(s["slots"], s["region_index"], s["regions"]) for s in slots.values()} == {(3, 1, 2)}
+    region.peer.publish("fl/presence/region_0/b", death(), retain=True)
+    after = len(region.peer.received)
+    region.present("b", boot=2)
+    again = json.loads(region.peer.on("fl/slots/region_0/b", after=after))
+    assert again["slot"] == slots["b"]["slot"]
+
+
+def test_full_disk_keeps_the_round_open_and_names_the_path(
+    start: Callable[..., Region], tmp_path: Path
+) -> None:
+    region = start(clients_expected=1)
+    region.open("a")
+    database = tmp_path / MODULE / "state" / "aggregator.db"
+    import sqlite3
+
+    blocker = sqlite3.connect(database)
+    blocker.execute("begin exclusive")  # the store cannot be written, as with a full disk
+    region.send("a", 1)
+    region.wait_phase("degraded", 1)
+    assert "aggregator.db" in region.service.wait_for_log("partial_not_stored")
+    assert not [t for t, p in region.peer.received if t == "fl/partial/region_0"]
+    blocker.rollback()
+    blocker.close()
+    assert region.partial().meta.members == {"a": 10}
+
+
+def test_terminated_it_says_goodbye_and_exits_with_zero(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=1)
+    region.open("a")
+    after = len(region.peer.received)
+    assert region.service.stop() == 0
+    status = json.loads(region.peer.on("fl/status/region_0", after=after))
+    assert status["online"] is False
+
+
+def test_old_retained_model_of_an_earlier_run_is_ignored(start: Callable[..., Region]) -> None:
+    region = start(clients_expected=1)
+    region.open("a", run="second", started=20)
+    region.peer.publish("fl/global_model", model(BASE, 5, run="first", started=10), retain=True)
+    region.service.wait_for_log("older_model_ignored")
+    region.send("a", 1, run="second")
+    assert region.partial().meta.run == "second"
+    assert TABLE.num_parameters == region.partial().vector.size
