@@ -3,6 +3,7 @@ region on MQTT; the work is done by `client_app` in processes that the SuperNode
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -69,33 +70,33 @@ class SuperNodeBridge:
     def _start_child(self) -> subprocess.Popen[bytes]:
         home = self._settings.state_dir.absolute() / "flower"
         home.mkdir(parents=True, exist_ok=True)
+        scripts = Path(sys.executable).parent
         command = [
-            str(Path(sys.executable).with_name("flower-supernode")),
+            str(scripts / "flower-supernode"),
             "--insecure",
             f"--superlink={self._settings.flower_server}",
             "--host=127.0.0.1",
             f"--port={_free_port()}",
         ]
-        scripts = str(Path(sys.executable).parent)
         environment = {
-            "FLWR_HOME": str(home),
-            **os.environ,
             **FLOWER_ENVIRONMENT,
+            "FLWR_HOME": os.environ.get("FLWR_HOME", str(home)),
             # The SuperNode starts its helpers by name.
-            "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join([str(scripts), os.environ.get("PATH", "")]),
         }
         log.info("supernode_starting", server=self._settings.flower_server)
-        return subprocess.Popen(command, env=environment)
+        return service.spawn(command, environment)
 
     def _stop_child(self) -> None:
         if self._child is None:
             return
-        self._child.terminate()
+        # Its SuperExec and the ClientApp are in its process group.
+        os.killpg(self._child.pid, signal.SIGTERM)
         try:
             self._child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("supernode_killed", after=STOP_SECONDS)
-            self._child.kill()
+            os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
 

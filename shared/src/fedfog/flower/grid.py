@@ -121,6 +121,11 @@ class Bridges:
             self._note(event.region, event.bridge)
         return event
 
+    def catch_up(self) -> None:
+        """Note all that has happened until now; bells of earlier rounds are worth nothing."""
+        while self.next_event(0.0) is not None:
+            pass
+
     def _note(self, region: str, bridge: Bridge) -> None:
         known = self.known.get(region)
         if known and bridge.boot < known.boot:  # the will of an earlier boot may come late
@@ -173,6 +178,7 @@ class FogGrid(Grid):
         bridges, start = self.bridges, time.monotonic()
         deadline, say = start + timeout, start + SAY_EVERY
         while (now := time.monotonic()) < deadline:
+            bridges.catch_up()
             missing = self._may_come(expected)
             if not missing and self._reachable() >= minimum:
                 return bridges.online

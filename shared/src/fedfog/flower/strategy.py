@@ -152,7 +152,7 @@ class FogStrategy(Strategy):
         round_timeout: float,
         on_model: Callable[[GlobalModel], None],
     ) -> None:
-        self._inner, self._table, self._run = inner, table, run
+        self.inner, self._table, self._run = inner, table, run
         self._first_round = first_round
         self._min_fit, self._min_available = min_fit, min_available
         self._regions = regions
@@ -181,8 +181,9 @@ class FogStrategy(Strategy):
         minimum = max(self._min_available, self._min_fit)
         grid.wait_for_regions(minimum, self._regions, self._regions_timeout)
         self._seconds = {"wait_regions": time.monotonic() - start}
-        chosen = self._inner.configure_train(server_round, arrays, config, grid)
-        group = group_id(self._run, self._number(server_round))
+        number = self._number(server_round)
+        chosen = self.inner.configure_train(number, arrays, config, grid)
+        group = group_id(self._run, number)
         return [
             train_message(message.metadata.dst_node_id, group, self._round_timeout)
             for message in chosen
@@ -221,7 +222,7 @@ class FogStrategy(Strategy):
                 f"(MIN_FIT_CLIENTS), after at most {self._round_timeout:.0f} s (ROUND_TIMEOUT). "
                 f"Left out: {reasons or 'nobody'}"
             )
-        arrays, metrics = self._inner.aggregate_train(server_round, valid)
+        arrays, metrics = self.inner.aggregate_train(number, valid)
         vector = self._vector(number, arrays)
         self._seconds |= {**self._grid.seconds, "aggregate": time.monotonic() - start}
         num_examples = sum(meta.num_examples for meta in regions.values())
@@ -252,7 +253,7 @@ class FogStrategy(Strategy):
         return None
 
     def summary(self) -> None:
-        self._inner.summary()
+        self.inner.summary()
 
     def _number(self, server_round: int) -> int:
         return self._first_round + server_round - 1
@@ -281,7 +282,7 @@ class FogStrategy(Strategy):
         return RecordDict({"arrays": arrays, "metrics": metrics})
 
     def _vector(self, number: int, arrays: ArrayRecord | None) -> Vector:
-        name = type(self._inner).__name__
+        name = type(self.inner).__name__
         if arrays is None:
             raise StrategyError(f"STRATEGY={name} gave no model in round {number}")
         vector = self._table.flatten({key: array.numpy() for key, array in arrays.items()})

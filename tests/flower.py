@@ -1,0 +1,214 @@
+"""Flower for the tests: a real SuperLink with runs on it, and one that is played in memory."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from conftest import Peer
+from fedfog.cli.broker import free_port
+from fedfog.flower.fleet import FLOWER_ENVIRONMENT, run_status, submit_run
+from fedfog.flower.grid import BellRung, BridgeSeen, FogEvent
+from fedfog.messages.codec import TensorTable, digest_of, encode
+from fedfog.messages.schemas import Bell, Bridge, ClientMetrics, PartialMeta
+
+APP = Path(__file__).parent / "integration" / "flower_app"
+
+
+class SuperLink:
+    """A SuperLink process on loopback, with its state in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.log = folder / "superlink.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        (folder / "flwr").mkdir(parents=True)
+
+    def start(self) -> "SuperLink":
+        scripts = str(Path(sys.executable).parent)
+        env = {
+            **os.environ,
+            **FLOWER_ENVIRONMENT,
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "FLWR_LOG_LEVEL": "DEBUG",
+            "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        }
+        arguments = ["--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fedfog.flower.superlink", *arguments],
+                stdout=output,
+                stderr=output,
+                env=env,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 30
+        while not self._healthy():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            time.sleep(0.05)
+        return self
+
+    def stop(self) -> None:
+        """Kill it with its children, as a power loss would."""
+        if self.process is not None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+            self.process = None
+
+    def submit(self, **config: Any) -> "FlowerRun":
+        """Start the tests' ServerApp; `_` in a name of its configuration stands for `-`."""
+        out = self.folder / f"out-{time.monotonic_ns()}.jsonl"
+        named = {key.replace("_", "-"): value for key, value in config.items()}
+        return FlowerRun(self, submit_run(self.address, APP, {**named, "out": str(out)}), out)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-5000:]
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.address}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+class FlowerRun:
+    """A submitted run and the models that it has made."""
+
+    def __init__(self, superlink: SuperLink, run_id: int, out: Path) -> None:
+        self.superlink, self.run_id, self.out = superlink, run_id, out
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        if not self.out.exists():
+            return []
+        return [json.loads(line) for line in self.out.read_text().splitlines()]
+
+    def wait_rounds(self, number: int, timeout: float = 60.0) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + timeout
+        while len(self.rounds) < number:
+            assert time.monotonic() < deadline, self.superlink.tail()
+            status = run_status(self.superlink.address, self.run_id)
+            failed = status.finished and status.state != "finished:completed"
+            assert not failed, f"{status}\n{self.superlink.tail()}"
+            time.sleep(0.05)
+        return self.rounds
+
+    def wait_state(self, state: str, timeout: float = 60.0) -> str:
+        """Wait for the run's state; returns its details."""
+        deadline = time.monotonic() + timeout
+        while (status := run_status(self.superlink.address, self.run_id)).state != state:
+            assert time.monotonic() < deadline, f"{status}\n{self.superlink.tail()}"
+            time.sleep(0.1)
+        return status.details
+
+
+def partial(
+    value: float,
+    round: int,
+    region: str = "region_0",
+    run: str = "run",
+    num_examples: int = 10,
+    parameters: int = 13,
+    **fields: Any,
+) -> bytes:
+    """A partial as the aggregator of `region` publishes it; all its parameters are `value`."""
+    vector = np.full(parameters, value, np.float32)
+    meta = PartialMeta(
+        **{
+            "run": run,
+            "round": round,
+            "region": region,
+            "digest": digest_of(vector),
+            "num_clients": 1,
+            "num_examples": num_examples,
+            "members": {"c": num_examples},
+            "metrics": ClientMetrics(train_loss=value),
+            **fields,
+        }
+    )
+    return encode(meta, TensorTable((("weight", (parameters,)),)), vector)
+
+
+def publish_partial(peer: Peer, payload: bytes, region: str = "region_0") -> None:
+    peer.publish(f"fl/partial/{region}", payload, retain=True)
+
+
+class PlayedFlower(Grid):
+    """Flower's Grid without a SuperLink: messages to known nodes wait for the test's replies."""
+
+    def __init__(self, *nodes: int) -> None:
+        self.nodes = set(nodes)
+        self.pushed: list[Message] = []
+        self.pulls: list[str] = []
+        self.on_push: Callable[[Message], None] = lambda message: None
+        self._replies: dict[str, Message] = {}
+        # A message takes its sender from the process that Flower starts for a ServerApp.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+    def reply(self, message: Message, content: RecordDict | Error) -> None:
+        """Answer as a node does, or with an error as the SuperLink does."""
+        self._replies[message.metadata.message_id] = Message(content, reply_to=message)
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            known = message.metadata.dst_node_id in self.nodes
+            ids.append(uuid.uuid4().hex if known else "")
+            if known:
+                message.metadata.__dict__["_message_id"] = ids[-1]
+                self.pushed.append(message)
+                self.on_push(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.pulls += (ids := list(message_ids))
+        return [self._replies.pop(i) for i in ids if i in self._replies]
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: Any = None) -> Any:
+        raise NotImplementedError
+
+
+class PlayedFog:
+    """The MQTT side of a `FogGrid`: bridges and bells are what the test says."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[FogEvent] = queue.Queue()
+        self.cues: list[tuple[str, int]] = []
+
+    def cue(self, run: str, round_: int) -> None:
+        self.cues.append((run, round_))
+
+    def bridge(self, region: str, node_id: int | None, boot: int = 1, online: bool = True) -> None:
+        bridge = Bridge(online=online, boot=boot, node_id=node_id if online else None)
+        self.events.put(BridgeSeen(region, bridge))
+
+    def bell(self, region: str, message: Message) -> None:
+        self.events.put(BellRung(Bell(region=region, message_id=message.metadata.message_id)))
