@@ -1,0 +1,1 @@
+"""The central tier: Flower, the global model, its evaluation and the results."""

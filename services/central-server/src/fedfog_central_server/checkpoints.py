@@ -1,0 +1,163 @@
+"""What a run is resumed from: a file per round with the model, the strategy's state and the record.
+
+A checkpoint is written before its model is published, so what anybody has seen of a run can be
+read again. Each is one `.safetensors` file: the model's tensors under their own names and the
+arrays of the strategy (FedAdam's moments) under names that begin with `@`, all float32.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from fedfog.files import write_atomically
+from fedfog.messages.codec import (
+    CodecError,
+    TensorTable,
+    Vector,
+    decode,
+    decode_meta,
+    digest_of,
+    encode,
+)
+from fedfog.messages.schemas import Digest, Payload, RoundRecord
+
+log = structlog.get_logger()
+
+STRATEGY = "@"
+_FILE = re.compile(r"^round-(\d{6,})\.safetensors$")
+
+
+class CheckpointError(Exception):
+    """The file is damaged; the text names it and says what is wrong."""
+
+
+class CheckpointMeta(Payload):
+    """Fields of a checkpoint."""
+
+    digest: Digest  # of record, tensor table and tensors
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Model `record.round` of a run, and what the strategy needs to go on from it."""
+
+    record: RoundRecord
+    table: TensorTable
+    vector: Vector
+    strategy: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def round(self) -> int:
+        return self.record.round
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the model's tensors."""
+        return digest_of(self.vector)
+
+    def to_bytes(self) -> bytes:
+        tensors = self.table.unflatten(self.vector)
+        tensors |= {STRATEGY + name: array for name, array in self.strategy.items()}
+        table = TensorTable.of(tensors)
+        vector = table.flatten(tensors)
+        meta = CheckpointMeta(digest=_digest(self.record, table, vector), record=self.record)
+        return encode(meta, table, vector)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Checkpoint":
+        """Raises CodecError if a bit is not what was written."""
+        message = decode(data, CheckpointMeta)
+        if _digest(message.meta.record, message.table, message.vector) != message.meta.digest:
+            raise CodecError("the digest is not that of the content")
+        tensors = message.table.unflatten(message.vector)
+        model = {name: array for name, array in tensors.items() if not name.startswith(STRATEGY)}
+        strategy = {
+            name.removeprefix(STRATEGY): array
+            for name, array in tensors.items()
+            if name.startswith(STRATEGY)
+        }
+        table = TensorTable.of(model)
+        vector = table.flatten(model) if strategy else message.vector
+        return cls(message.meta.record, table, vector, strategy)
+
+
+def _digest(record: RoundRecord, table: TensorTable, vector: Vector) -> str:
+    content = hashlib.sha256(record.to_json())
+    content.update(json.dumps(table.header).encode())
+    content.update(np.ascontiguousarray(vector, np.float32).data)
+    return content.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run, of which the newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    def path(self, round_: int) -> Path:
+        return self._folder / f"round-{round_:06}.safetensors"
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write it so that a crash leaves it whole or not there, then delete the oldest ones.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path(checkpoint.round), checkpoint.to_bytes())
+        for round_ in self._rounds()[: -self._keep]:
+            self.path(round_).unlink(missing_ok=True)
+
+    def load(self, round_: int) -> Checkpoint:
+        """Raises CheckpointError if the file is damaged or gone."""
+        path = self.path(round_)
+        try:
+            checkpoint = Checkpoint.from_bytes(path.read_bytes())
+        except (OSError, CodecError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if checkpoint.round != round_:
+            raise CheckpointError(f"{path}: it holds round {checkpoint.round}")
+        return checkpoint
+
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is whole; None if there was never any.
+
+        Raises:
+            CheckpointError: there are some, but all are damaged.
+        """
+        rounds = self._rounds()
+        for round_ in reversed(rounds):
+            try:
+                return self.load(round_)
+            except CheckpointError as error:
+                log.error("checkpoint_damaged", error=str(error), falling_back=round_ != rounds[0])
+        if rounds:
+            raise CheckpointError(
+                f"all {len(rounds)} checkpoints in {self._folder} are damaged: restore one from a "
+                "backup, or begin a new run with another RUN_ID"
+            )
+        return None
+
+    def records(self) -> list[RoundRecord]:
+        """Records of the kept rounds whose file has a readable header, oldest first."""
+        records = []
+        for round_ in self._rounds():
+            try:
+                records.append(decode_meta(self.path(round_).read_bytes(), CheckpointMeta).record)
+            except (OSError, CodecError) as error:
+                log.warning("checkpoint_unreadable", round=round_, error=str(error))
+        return records
+
+    def _rounds(self) -> list[int]:
+        if not self._folder.exists():
+            return []
+        matches = (_FILE.match(path.name) for path in self._folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)

@@ -1,0 +1,161 @@
+"""What a run leaves behind for its user: summary, weights, model card and learning curve."""
+
+import io
+from pathlib import Path
+
+from fedfog.files import write_atomically
+from fedfog.messages.codec import encode
+from fedfog.messages.schemas import Evaluation, ModelMeta
+from fedfog_central_server.checkpoints import Checkpoint
+from fedfog_central_server.runs import Run, Status, Summary
+
+_CARD = """\
+# Model of run {run}
+
+{description} ({task}), trained by federated learning with FedFog: the clients' data never left
+them; they sent weights.
+
+| | |
+| --- | --- |
+| run | {status}, {rounds} rounds, strategy {strategy}, seed {seed} |
+| regions | {regions} |
+| clients per round | {clients} |
+| local training | {local_epochs} epochs per round, batch {batch_size}, Adam {learning_rate} |
+| parameters | {parameters} float32 in {tensors} tensors |
+| SHA-256 of the tensors | `{digest}` |
+
+## Metrics
+
+On {examples} held-out examples that no client trains on:
+
+| | model 0 | final model |
+| --- | --- | --- |
+| accuracy | {initial_accuracy} | {test_accuracy} |
+| AUROC | {initial_auroc} | {test_auroc} |
+| macro-F1 | {initial_macro_f1} | {test_macro_f1} |
+| loss (nats) | {initial_loss} | {test_loss} |
+
+Confusion matrix (rows: true class, columns: predicted): `{confusion_matrix}`
+
+![Learning curve](learning-curve.png)
+
+`best.safetensors` is the model with the highest accuracy on these same examples, so its own figure
+is an optimistic one.
+
+## Data
+
+{data}
+
+## Intended use
+
+Research and teaching of federated learning. `model.safetensors` is read by `safetensors` in any
+framework; its metadata names the run and the round.
+
+## Limits
+
+{limits}
+"""
+
+_DATA = {
+    "ecg5000": (
+        "ECG5000 of the UCR archive: 500 heartbeats for training, dealt to the clients, and 4,500 "
+        "for the test.",
+        "All beats are from ONE patient with severe congestive heart failure. The figures say "
+        "nothing about other people, devices or arrhythmias.\n\n**This is not a medical device.** "
+        "It must not be used for diagnosis, monitoring or treatment.",
+    )
+}
+_OWN_DATA = (
+    "The data set of a task of the user's own (setting `TASK`).",
+    "Nothing is known here about the data: judge the figures with its owner. The model was not "
+    "checked for medical or any other safety-critical use.",
+)
+
+
+def summarize(run: Run, status: Status, error: str = "") -> Summary:
+    """The summary of what the history has."""
+    settings, rounds = run.info.settings, run.history.rounds
+    last = rounds[-1].evaluation if rounds else run.history.initial
+    initial = run.history.initial
+    return Summary(
+        run=run.id,
+        status=status,
+        error=error,
+        rounds=rounds[-1].round if rounds else 0,
+        regions=sorted({region for record in rounds for region in record.regions}),
+        clients=[record.num_clients for record in rounds],
+        test_accuracy=last and last.accuracy,
+        test_auroc=last and last.auroc,
+        test_macro_f1=last and last.macro_f1,
+        test_loss=last and last.loss,
+        initial_accuracy=initial and initial.accuracy,
+        initial_loss=initial and initial.loss,
+        seconds=round(run.seconds, 3),
+        task=settings["task"],
+        strategy=settings["strategy"],
+        seed=settings["seed"],
+        versions=run.info.versions,
+    )
+
+
+def save_summary(run: Run, summary: Summary) -> None:
+    """Raises OSError."""
+    data = summary.model_dump_json(indent=1).encode()
+    write_atomically(run.folder / "summary.json", data)
+
+
+def save_model(path: Path, meta: ModelMeta, checkpoint: Checkpoint) -> None:
+    """Plain weights that any reader of safetensors opens. Raises OSError."""
+    write_atomically(path, encode(meta, checkpoint.table, checkpoint.vector))
+
+
+def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: str) -> None:
+    """`README.md`, the model card. Raises OSError."""
+    rounds = run.history.rounds
+    final = rounds[-1].evaluation if rounds else run.history.initial
+    data, limits = _DATA.get(summary.task.partition("-")[0], _OWN_DATA)
+    fields = run.info.settings | summary.model_dump() | _cells("initial", run.history.initial)
+    fields |= _cells("test", final)
+    fields |= {
+        "regions": ", ".join(summary.regions) or "none",
+        "clients": ", ".join(map(str, summary.clients)) or "none",
+        "parameters": f"{checkpoint.table.num_parameters:,}",
+        "tensors": len(checkpoint.table.shapes),
+        "digest": checkpoint.digest,
+        "examples": f"{final.num_examples:,}" if final else "?",
+        "confusion_matrix": final.confusion_matrix if final else "unknown",
+    }
+    text = _CARD.format(**fields, description=description, data=data, limits=limits)
+    write_atomically(run.folder / "README.md", text.encode())
+
+
+def _cells(prefix: str, evaluation: Evaluation | None) -> dict[str, str]:
+    cells = {}
+    for name in ("accuracy", "auroc", "macro_f1", "loss"):
+        value = getattr(evaluation, name) if evaluation else None
+        cells[f"{prefix}_{name}"] = "unknown" if value is None else f"{value:.4f}"
+    return cells
+
+
+def save_curve(run: Run) -> None:
+    """`learning-curve.png`: metrics and loss over the rounds. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = run.history.evaluations
+    rounds = [evaluation.round for evaluation in points]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC"), ("macro_f1", "macro-F1")):
+        left.plot(rounds, [getattr(e, name) for e in points], marker="o", label=label)
+    left.set(xlabel="round", ylabel="on held-out examples", title=run.id)
+    left.legend()
+    right.plot(rounds, [e.loss for e in points], marker="o", color="tab:red")
+    right.set(xlabel="round", ylabel="loss (nats)", title="loss")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(run.folder / "learning-curve.png", buffer.getvalue())

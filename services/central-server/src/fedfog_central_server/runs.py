@@ -1,0 +1,252 @@
+"""The folder of a run: where it is, what it was begun with, what is known of its rounds."""
+
+import os
+import platform
+import secrets
+import time
+from datetime import datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+from pydantic import BaseModel, Field, ValidationError
+
+from fedfog.files import write_atomically
+from fedfog.messages.schemas import Evaluation, RegionShare, RoundRecord, RunId
+from fedfog.service import ServiceError
+from fedfog.settings import CentralSettings
+from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
+
+log = structlog.get_logger()
+
+M = TypeVar("M", bound=BaseModel)
+
+# A run is the same job only while these are the same.
+DEFINING = (
+    "task",
+    "seed",
+    "rounds",
+    "local_epochs",
+    "batch_size",
+    "learning_rate",
+    "strategy",
+)
+_PACKAGES = ("fedfog", "flwr", "torch", "numpy", "scikit-learn")
+
+
+class RunInfo(BaseModel):
+    """`settings.json`: written once, when the run begins."""
+
+    run: RunId
+    run_started: int
+    versions: dict[str, str]
+    settings: dict[str, Any]
+
+
+class History(BaseModel):
+    """`history.json`: what went into each model and how good it is."""
+
+    run: RunId
+    seconds: float = 0.0
+    initial: Evaluation | None = None
+    rounds: list[RoundRecord] = []
+
+    def record(self, round_: int) -> RoundRecord:
+        """What is known of a round; of round 0 only its evaluation.
+
+        Raises:
+            StopIteration: nothing is known.
+        """
+        if round_ == 0:
+            return RoundRecord(
+                run=self.run,
+                round=0,
+                regions={},
+                num_clients=0,
+                num_examples=0,
+                evaluation=self.initial,
+            )
+        return next(record for record in self.rounds if record.round == round_)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """All that are known, oldest first."""
+        known = [self.initial, *(record.evaluation for record in self.rounds)]
+        return [evaluation for evaluation in known if evaluation]
+
+    def add(self, record: RoundRecord) -> None:
+        """Add a record, unless one of its round is there, which may know more."""
+        if record.round > 0 and all(r.round != record.round for r in self.rounds):
+            self.rounds = sorted([*self.rounds, record], key=lambda r: r.round)
+
+    def replace(self, record: RoundRecord) -> None:
+        """Replace the record of the same round."""
+        if record.round == 0:
+            self.initial = record.evaluation
+        else:
+            self.rounds = [record if r.round == record.round else r for r in self.rounds]
+
+
+class Status(StrEnum):
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class Summary(BaseModel):
+    """`summary.json`: how the run ended. A run that is not completed can be taken up again."""
+
+    run: RunId
+    status: Status
+    error: str = ""
+    rounds: int = Field(description="that were completed")
+    regions: list[str]
+    clients: list[int] = Field(description="per round")
+    test_accuracy: float | None
+    test_auroc: float | None
+    test_macro_f1: float | None
+    test_loss: float | None
+    initial_accuracy: float | None = Field(description="of model 0")
+    initial_loss: float | None
+    seconds: float = Field(description="of work on the run, pauses of the server left out")
+    task: str
+    strategy: str
+    seed: int
+    versions: dict[str, str]
+
+
+class Run:
+    """A run's folder, opened by this process."""
+
+    def __init__(self, folder: Path, info: RunInfo, keep: int) -> None:
+        self.folder, self.info = folder, info
+        self.id, self.started = info.run, info.run_started
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep)
+        self.history = History(run=info.run)
+        self._since, self._before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been worked on, over all starts of the server."""
+        return self._before + time.monotonic() - self._since
+
+    def save_history(self) -> None:
+        """Raises OSError."""
+        self.history.seconds = round(self.seconds, 3)
+        data = self.history.model_dump_json(indent=1).encode()
+        write_atomically(self.folder / "history.json", data)
+
+    def recover(self) -> Checkpoint | None:
+        """The newest good checkpoint; the history is brought to the same round.
+
+        Raises:
+            ServiceError: all checkpoints are damaged.
+        """
+        try:
+            checkpoint = self.checkpoints.newest()
+        except CheckpointError as error:
+            raise ServiceError(str(error)) from error
+        self.history = _read(History, self.folder / "history.json") or self.history
+        self._before = self.history.seconds
+        newest = checkpoint.round if checkpoint else -1
+        self.history.rounds = [r for r in self.history.rounds if r.round <= newest]
+        for record in self.checkpoints.records():
+            if record.round <= newest:
+                self.history.add(record)
+        return checkpoint
+
+
+def open_run(settings: CentralSettings) -> Run:
+    """The run that RUN_ID names; without RUN_ID the newest one, if it is not completed and was
+    begun with the same settings; else a new one.
+
+    Raises:
+        ServiceError: RUN_ID names a run that is completed or was begun with other settings.
+        OSError: RUNS_DIR cannot be written.
+    """
+    root = settings.runs_dir
+    root.mkdir(parents=True, exist_ok=True)
+    latest = _read(RunInfo, root / "latest" / "settings.json")
+    if settings.run_id:
+        path = root / settings.run_id / "settings.json"
+        found = _read(RunInfo, path)
+        if path.exists() and not found:
+            raise ServiceError(f"{path} is damaged: set another RUN_ID for a new run")
+        if found and (obstacle := _obstacle(root / found.run, found, settings)):
+            raise ServiceError(
+                f"RUN_ID={settings.run_id}: this run {obstacle}; set another RUN_ID for a new run"
+            )
+    else:
+        found = latest
+        if found and (obstacle := _obstacle(root / found.run, found, settings)):
+            log.info("new_run", because=f"{found.run} {obstacle}")
+            found = None
+    info = found or _new(settings, after=latest.run_started if latest else 0)
+    folder = root / info.run
+    if not found:
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / "settings.json", info.model_dump_json(indent=1).encode())
+    _point(root / "latest", info.run)
+    log.info("run_resumed" if found else "run_begins", run=info.run, folder=str(folder))
+    return Run(folder, info, settings.keep_checkpoints)
+
+
+def _new(settings: CentralSettings, after: int) -> RunInfo:
+    now = datetime.now()
+    return RunInfo(
+        run=settings.run_id or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        # Everybody ignores a run that began before the one they know: never behind it, even if
+        # the clock was put back.
+        run_started=max(int(now.timestamp()), after + 1),
+        versions={"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _obstacle(folder: Path, info: RunInfo, settings: CentralSettings) -> str:
+    """Why a run cannot be taken up again; empty if it can."""
+    summary = _read(Summary, folder / "summary.json")
+    if summary and summary.status is Status.COMPLETED:
+        return "is completed"
+    now = settings.model_dump(mode="json", include=set(DEFINING))
+    other = [
+        f"{name.upper()}={info.settings.get(name)}, not {now[name]}"
+        for name in DEFINING
+        if info.settings.get(name) != now[name]
+    ]
+    return f"was begun with {'; '.join(other)}" if other else ""
+
+
+def _read(schema: type[M], path: Path) -> M | None:
+    """What is in a file of ours; None if there is none, or if it is damaged, which is logged."""
+    try:
+        return schema.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        log.error("file_damaged", path=str(path), error=error.errors()[0]["msg"])
+        return None
+
+
+def _point(link: Path, target: str) -> None:
+    temporary = link.with_name(f".latest.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def shares(record: RoundRecord) -> dict[str, RegionShare]:
+    """What each region put into a model."""
+    return {
+        region: RegionShare(num_clients=p.num_clients, num_examples=p.num_examples)
+        for region, p in record.regions.items()
+    }
