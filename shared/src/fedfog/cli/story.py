@@ -1,0 +1,190 @@
+"""The demo's progress: lines that tell what happened, on a terminal with a live table below."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedfog.cli.regions import Regions
+from fedfog.messages import schemas
+from fedfog.messages.catalog import Message
+
+if TYPE_CHECKING:
+    from fedfog.cli.demo import Options
+
+REFRESH_SECONDS = 0.2
+
+
+class Story:
+    """Shows what the messages of a run say.
+
+    Args:
+        began: when the demo was started, on the monotonic clock.
+    """
+
+    def __init__(
+        self, console: Console, regions: tuple[str, ...], options: "Options", began: float
+    ) -> None:
+        self._console, self._options, self._began = console, options, began
+        self._regions = Regions(regions, options.clients)
+        self._model_came: dict[int, float] = {}
+        self._evaluation: schemas.Evaluation | None = None
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                get_renderable=self._render,
+                vertical_overflow="crop",
+            )
+
+    def __enter__(self) -> "Story":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line with the seconds since the start."""
+        line = Text(f"{time.monotonic() - self._began:7.1f} s  ", "dim").append(text, "default")
+        self._console.print(line, soft_wrap=True)
+
+    def refresh(self) -> None:
+        """Draw the live table anew, on a terminal."""
+        if self._live:
+            self._live.refresh()
+
+    def see(self, message: Message, now: float) -> None:
+        """Learn from a message that came at `now`, and tell what is new in it."""
+        region = message.region and self._regions.by_name.get(message.region)
+        before = (region.phase, len(region.online)) if region else None
+        self._regions.see(message)
+        match message.meta:
+            case schemas.ModelMeta() as model:
+                self._model(model, now)
+            case schemas.RoundRecord() as record:
+                self._record(record)
+            case schemas.Presence() if region and before:
+                everybody = len(region.online) == self._options.clients
+                if everybody and before[1] < len(region.online):
+                    self.say(f"{message.region}: all {len(region.online)} clients are online")
+            case schemas.RegionReceipt(round=round_, members=members):
+                self.say(f"{message.region}: round {round_} closed, {len(members)} updates")
+
+    def state(self) -> str:
+        """Where the run is and whom each region waits for."""
+        regions = [
+            f"{name} {region.phase}"
+            + (f", waits for {', '.join(region.waiting_for)}" if region.waiting_for else "")
+            for name, region in self._regions.by_name.items()
+        ]
+        return "; ".join([f"{self._rounds_done} of {self._options.rounds} rounds done", *regions])
+
+    @property
+    def _rounds_done(self) -> int:
+        return max(self._model_came, default=0)
+
+    def _model(self, model: schemas.ModelMeta, now: float) -> None:
+        if model.round in self._model_came:  # published again after a reconnect
+            return
+        self._model_came[model.round] = now
+        self._newest(model.evaluation)
+        what = "published" if model.state is schemas.RunState.TRAINING else "final"
+        self.say(f"model {model.round} of {model.rounds} {what}")
+
+    def _record(self, record: schemas.RoundRecord) -> None:
+        self._newest(record.evaluation)
+        if record.evaluation:
+            self.say(_metrics(record.evaluation))
+        for name, why in record.left_out.items():
+            self.say(f"round {record.round} was done without {name}: {why}")
+
+    def _newest(self, evaluation: schemas.Evaluation | None) -> None:
+        known = self._evaluation
+        if evaluation and (known is None or evaluation.round > known.round):
+            self._evaluation = evaluation
+
+    def _render(self) -> RenderableType:
+        done, rounds = self._rounds_done, self._options.rounds
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            f"round {min(done + 1, rounds)} of {rounds}",
+            ProgressBar(rounds, done, width=40),
+            f"{time.monotonic() - self._began:.1f} s",
+        )
+        evaluation = _metrics(self._evaluation) if self._evaluation else "no model evaluated yet"
+        return Group(self._regions.table(), bar, Text(evaluation))
+
+    def summarize(self, folder: Path) -> None:
+        """Print what the run's folder and the clock say of all rounds."""
+        history = json.loads((folder / "history.json").read_bytes())
+        initial = history.get("initial")
+        records = [schemas.RoundRecord.model_validate(fields) for fields in history["rounds"]]
+        table = Table(
+            "round",
+            *("clients", "examples", "train loss", "accuracy", "AUROC", "macro-F1", "seconds"),
+            box=box.SIMPLE,
+        )
+        for column in table.columns:
+            column.justify = "right"
+        for record in records:
+            e = record.evaluation
+            seconds = self._seconds(record.round)
+            cells = [record.train_loss, e and e.accuracy, e and e.auroc, e and e.macro_f1]
+            table.add_row(
+                str(record.round),
+                str(record.num_clients),
+                str(record.num_examples),
+                *("-" if value is None else f"{value:.4f}" for value in cells),
+                "-" if seconds is None else f"{seconds:.2f}",
+            )
+        self._console.print(table)
+        final = records[-1].evaluation if records else None
+        total = f"{len(records)} rounds in {time.monotonic() - self._began:.1f} s from the start"
+        if initial and final:
+            first = schemas.Evaluation.model_validate(initial)
+            total += f"; accuracy {_change(first.accuracy, final.accuracy)}"
+            if first.loss is not None and final.loss is not None:
+                total += f", loss {_change(first.loss, final.loss)}"
+        self._console.print(total, soft_wrap=True)
+        self._console.print(
+            f"Results: {folder}/ (README.md is the model card; logs/ has every tier's log)",
+            soft_wrap=True,
+        )
+
+    def _seconds(self, round_: int) -> float | None:
+        """From having model `round_ - 1` to having model `round_`."""
+        came = self._model_came
+        return came[round_] - came[round_ - 1] if {round_, round_ - 1} <= came.keys() else None
+
+
+def _metrics(evaluation: schemas.Evaluation) -> str:
+    named = {
+        "accuracy": evaluation.accuracy,
+        "AUROC": evaluation.auroc,
+        "macro-F1": evaluation.macro_f1,
+        "loss": evaluation.loss,
+    }
+    told = ", ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
+    return f"model {evaluation.round}: {told}"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{before:.4f} -> {after:.4f} ({after - before:+.4f})"
