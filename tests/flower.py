@@ -76,7 +76,7 @@ class SuperLink:
         return FlowerRun(self, submit_run(self.address, APP, {**named, "out": str(out)}), out)
 
     def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-5000:]
+        return self.log.read_text(errors="replace")[-2000:]
 
     def _healthy(self) -> bool:
         try:
@@ -105,7 +105,7 @@ class FlowerRun:
             status = run_status(self.superlink.address, self.run_id)
             failed = status.finished and status.state != "finished:completed"
             assert not failed, f"{status}\n{self.superlink.tail()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
         return self.rounds
 
     def wait_state(self, state: str, timeout: float = 60.0) -> str:

@@ -57,6 +57,12 @@ def test_partial_of_an_earlier_round_does_not_displace_a_newer_one(
     assert matcher.on_message(R2, "m2").reply == ("m2", b"p2")
 
 
+def test_partial_that_is_asked_for_counts_whatever_came_before(matcher: Matcher[str]) -> None:
+    matcher.on_partial(("run", 7), b"p7")
+    matcher.on_message(R1, "m1")
+    assert matcher.on_partial(R1, b"p1").reply == ("m1", b"p1")
+
+
 def test_stale_partial_of_an_old_run_does_not_displace_the_present_one(
     matcher: Matcher[str],
 ) -> None:

@@ -23,8 +23,10 @@ class Presence:
     def __init__(self, settings: BridgeSettings, subscriptions: list[str]) -> None:
         self.boot = next_boot(settings.state_dir)
         self.superseded = False
+        self._up = False
         self._topic = settings.topics.bridge(settings.region)
-        self._state = self._offline = Bridge(online=False, boot=self.boot)
+        self._offline = Bridge(online=False, boot=self.boot)
+        self._state: Bridge | None = None  # nothing to tell yet
         self.session = mqtt.Session(
             f"fedfog-bridge-{settings.region}",
             settings.mqtt_broker,
@@ -45,7 +47,10 @@ class Presence:
 
     def observe(self, event: Any) -> None:
         """Keep the retained birth true; sets `superseded` when a later boot has shown itself."""
+        if isinstance(event, mqtt.Disconnected):
+            self._up = False
         if isinstance(event, mqtt.Connected):
+            self._up = True
             self._publish()
         if not isinstance(event, mqtt.Received) or event.topic != self._topic:
             return
@@ -57,9 +62,10 @@ class Presence:
         if seen is not None and seen.boot > self.boot:
             log.error("bridge_superseded", boot=self.boot, by=seen.boot)
             self.superseded = True
-        elif seen != self._state:
+        elif self._state is not None and seen != self._state:
             # A will of an earlier boot, or of this one after a takeover of the connection.
             self._publish()
 
     def _publish(self) -> None:
-        self.session.publish(self._topic, self._state.to_json(), retain=True)
+        if self._up and self._state is not None:  # else `Connected` will have it published
+            self.session.publish(self._topic, self._state.to_json(), retain=True)

@@ -45,12 +45,13 @@ class Matcher(Generic[Message]):
         return Decision(confirm=before, reply=self._match())
 
     def on_partial(self, key: Key, payload: bytes) -> Decision[Message]:
-        """A partial came. One of an earlier round of its run is ignored: a broker that was
-        restored from an old autosave hands such out again."""
+        """A partial came. One of an earlier round of its run is ignored unless it is asked for:
+        a broker that was restored from an old autosave hands such out again."""
         run, round_ = key
         known = self._partials.pop(run, None)
+        stale = known is not None and known[0] > round_ and key != self._open
         # Put back at the end, so that the runs stand in order of their last partial.
-        self._partials[run] = known if known and known[0] > round_ else (round_, payload)
+        self._partials[run] = known if known is not None and stale else (round_, payload)
         for old in list(self._partials)[:-KEEP_RUNS]:
             del self._partials[old]
         return Decision(reply=self._match())
