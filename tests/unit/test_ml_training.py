@@ -137,6 +137,29 @@ def test_no_state_of_the_optimizer_outlives_a_round() -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_optimizer_is_torchs_adam_bit_for_bit() -> None:
+    model, other = TASK.build_model(1), TASK.build_model(1)
+    train(model, epochs=3, seed=5)
+    optimizer = torch.optim.Adam(other.parameters(), lr=1e-3)
+    shuffling = torch.Generator().manual_seed(5)
+    other.train()
+    torch.manual_seed(5)
+    for _ in range(3):
+        for batch in torch.split(torch.randperm(len(BEATS), generator=shuffling), 32):
+            inputs, targets = BEATS[batch]
+            optimizer.zero_grad()
+            TASK.loss(other(inputs), targets).backward()
+            optimizer.step()
+    assert_same(model, other)
+
+
+def test_training_does_not_load_the_compiler() -> None:
+    """It would cost each client more than PyTorch itself before its first batch."""
+    script = "import sys; from test_ml_training import *; train(TASK.build_model(1), epochs=1)"
+    script += "; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+
+
 def test_each_epoch_is_reported_and_the_result_is_the_last() -> None:
     seen: list[tuple[int, int, float, float]] = []
     result = train(TASK.build_model(1), epochs=4, on_epoch=lambda *epoch: seen.append(epoch))
