@@ -148,7 +148,7 @@ def test_optimizer_is_torchs_adam_bit_for_bit() -> None:
         for batch in torch.split(torch.randperm(len(BEATS), generator=shuffling), 32):
             inputs, targets = BEATS[batch]
             optimizer.zero_grad()
-            TASK.loss(other(inputs), targets).backward()
+            TASK.loss(other(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     assert_same(model, other)
 
