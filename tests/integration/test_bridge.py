@@ -8,6 +8,7 @@ import pytest
 
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker
+from fedfog.flower.fleet import stop_run
 from fedfog.messages.codec import decode_json
 from fedfog.messages.schemas import Bridge
 from flower import SuperLink, partial, publish_partial
@@ -151,6 +152,21 @@ def test_bridge_killed_with_the_train_message_in_hand_gets_it_again(
     assert run.wait_rounds(1)[0]["model"][0] == 1.5
     publish_partial(peer, partial(3.5, 2))
     assert run.wait_rounds(2)[1]["record"]["left_out"] == {}
+
+
+def test_resumed_server_is_given_the_partial_of_the_open_round_again(
+    superlink: SuperLink, broker: LocalBroker, bridge: Start, peer: Peer
+) -> None:
+    service = bridge(superlink)
+    first = superlink.submit(mqtt_port=broker.port)
+    service.wait_for_log("train_message")
+    stop_run(superlink.address, first.run_id)
+    publish_partial(peer, partial(1.5, 1))
+    resumed = superlink.submit(mqtt_port=broker.port)
+    resumed.wait_rounds(1)
+    stop_run(superlink.address, resumed.run_id)
+    again = superlink.submit(mqtt_port=broker.port, num_server_rounds=1)
+    assert [r["model"][0] for r in again.wait_rounds(1)] == [1.5]
 
 
 def test_bridge_killed_after_the_round_began_is_left_out_after_its_grace(

@@ -302,6 +302,15 @@ class TestWaitForRegions:
         assert grid.wait_for_regions(1, ["a", "b"], timeout=30.0) == ["a"]
         assert time.monotonic() - start < 1
 
+    def test_region_that_never_came_is_recorded_as_left_out(
+        self, grid: FogGrid, flower: PlayedFlower, fog: PlayedFog
+    ) -> None:
+        fog.bridge("a", A)
+        answer(flower, fog, {A: "a"})
+        grid.wait_for_regions(1, ["a", "b"], timeout=0.1)
+        grid.send_and_receive([train_message(A, "run/1", 5.0)], timeout=5.0)
+        assert list(grid.left_out) == ["b"]
+
     def test_region_that_was_there_is_waited_for_during_its_grace(
         self, grid: FogGrid, fog: PlayedFog
     ) -> None:

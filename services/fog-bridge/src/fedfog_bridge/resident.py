@@ -97,28 +97,33 @@ class ResidentBridge:
         return self._matcher.on_partial((meta.run, meta.round), event.payload)
 
     def _look(self, fleet: FleetSession) -> None:
-        message = fleet.next_message()
-        if message is None:
-            return
-        try:
-            key = run_and_round(message)
-        except ReplyError as error:
-            log.warning("message_ignored", reason=str(error))
-            return
-        log.debug("train_message", run=key[0], round=key[1])
-        self._carry_out(fleet, self._matcher.on_message(key, message))
+        """Take the next train message; a message that turns out to be lost, of a run that was
+        stopped, must not keep the one behind it waiting until the next look."""
+        lost = True
+        while lost and (message := fleet.next_message()) is not None:
+            try:
+                key = run_and_round(message)
+            except ReplyError as error:
+                log.warning("message_ignored", reason=str(error))
+                continue
+            log.debug("train_message", run=key[0], round=key[1])
+            lost = not self._carry_out(fleet, self._matcher.on_message(key, message))
 
-    def _carry_out(self, fleet: FleetSession, decision: Decision[Message]) -> None:
-        try:
-            if decision.reply is not None:
+    def _carry_out(self, fleet: FleetSession, decision: Decision[Message]) -> bool:
+        """False if the reply was lost."""
+        answered = True
+        if decision.reply is not None:
+            try:
                 self._reply(fleet, *decision.reply)
-        except MessageLostError as error:
-            log.warning("reply_lost", reason=str(error))
-        try:
-            if decision.confirm is not None:
+            except MessageLostError as error:
+                log.warning("reply_lost", reason=str(error))
+                answered = False
+        if decision.confirm is not None:
+            try:
                 fleet.confirm(decision.confirm)
-        except MessageLostError as error:
-            log.debug("confirm_lost", reason=str(error))  # its run is over: nothing to delete
+            except MessageLostError as error:
+                log.debug("confirm_lost", reason=str(error))  # its run is over: nothing to delete
+        return answered
 
     def _reply(self, fleet: FleetSession, message: Message, partial: bytes) -> None:
         start = time.monotonic()

@@ -53,14 +53,14 @@ log = structlog.get_logger()
 # Flower takes a node for gone after two intervals without a heartbeat.
 HEARTBEAT_INTERVAL = 30.0
 HEARTBEAT_EVERY = 15.0
-CALL_TIMEOUT = 10.0
+CALL_TIMEOUT = 20.0
 
 # Environment of every Flower process: nothing calls out, and a new run is noticed at once.
 FLOWER_ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
 
 Request = TypeVar("Request")
@@ -231,7 +231,10 @@ class FleetSession:
             if status == httpx.codes.FORBIDDEN:
                 raise forbidden(f"SuperLink {self._address} forbids it: {reason}") from error
             if status == httpx.codes.UNAUTHORIZED:
-                reason = "it does not know this node (restarted?)"
+                reason = (
+                    "it does not know this node (it was restarted, or this host's clock is more "
+                    "than 5 s ahead of it or 5 minutes behind)"
+                )
             raise SuperLinkLostError(
                 f"SuperLink {self._address} answered {status}: {reason}"
             ) from error

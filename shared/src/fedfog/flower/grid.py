@@ -128,7 +128,9 @@ class Bridges:
 
     def _note(self, region: str, bridge: Bridge) -> None:
         known = self.known.get(region)
-        if known and bridge.boot < known.boot:  # the will of an earlier boot may come late
+        if known and bridge.boot < known.boot:
+            if bridge.online:  # the will of an earlier boot may come late, a birth should not
+                log.warning("older_boot_ignored", region=region, boot=bridge.boot, of=known.boot)
             return
         self.known[region] = bridge
         if bridge.online:
@@ -155,6 +157,7 @@ class FogGrid(Grid):
         self.left_out: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._given_up: set[str] = set()
+        self._expected: frozenset[str] = frozenset()
 
     def get_node_ids(self) -> list[int]:
         """Nodes of the bridges that are online; with a stock SuperNode among them, also the
@@ -175,11 +178,12 @@ class FogGrid(Grid):
         Raises:
             RegionsError: fewer than `minimum` after `timeout` seconds.
         """
+        self._expected = frozenset(expected)
         bridges, start = self.bridges, time.monotonic()
         deadline, say = start + timeout, start + SAY_EVERY
         while (now := time.monotonic()) < deadline:
             bridges.catch_up()
-            missing = self._may_come(expected)
+            missing = self._may_come()
             if not missing and self._reachable() >= minimum:
                 return bridges.online
             if now >= say:
@@ -193,7 +197,7 @@ class FogGrid(Grid):
                     limit=timeout,
                 )
             bridges.next_event(min(deadline, say, now + 1.0))
-        absent = sorted(set(expected) - set(bridges.online))
+        absent = sorted(self._expected - set(bridges.online))
         if (reachable := self._reachable()) < minimum:
             raise RegionsError(
                 f"{reachable} of at least {minimum} regions (MIN_AVAILABLE_CLIENTS) are "
@@ -210,9 +214,9 @@ class FogGrid(Grid):
         may be online before its node is."""
         return min(len(self.bridges.online), len(self.get_node_ids()))
 
-    def _may_come(self, expected: Collection[str]) -> list[str]:
+    def _may_come(self) -> list[str]:
         bridges = self.bridges
-        unseen = set(expected) - bridges.known.keys() - self._given_up
+        unseen = self._expected - bridges.known.keys() - self._given_up
         away = {r for r in bridges.known if 0.0 < bridges.seconds_away(r) < bridges.grace}
         return sorted(unseen | away)
 
@@ -226,7 +230,9 @@ class FogGrid(Grid):
             timeout: seconds until the round ends with the replies it has.
         """
         batch = list(messages)
-        self.left_out, self.seconds = {}, {}
+        absent = (self._expected | self.bridges.known.keys()) - set(self.bridges.online)
+        self.left_out = dict.fromkeys(sorted(absent), "no bridge online when the round began")
+        self.seconds = {}
         if not batch:
             return []
         exchange = _Exchange(self, batch, 3600.0 if timeout is None else timeout)
