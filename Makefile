@@ -1,0 +1,59 @@
+# FedFog: `make demo` runs it, `make help` lists the rest.
+CLIENTS ?= 3
+ROUNDS ?= 3
+REGIONS ?= 1
+SEED ?= 42
+
+VENV ?= .venv
+# The first interpreter that is new enough; name another with `make env PYTHON=...`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# CPU builds of PyTorch, a tenth of the size of the CUDA build that Linux gets by default.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+SERVICES := $(wildcard services/*/pyproject.toml)
+TOOLS := pytest hypothesis mypy ruff import-linter
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-compose lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(INSTALLED) ## make the Python environment in .venv (first time: about a minute)
+
+demo: env ## federated training on this machine: CLIENTS=3 (per region) ROUNDS=3 REGIONS=1 SEED=42
+	@$(VENV)/bin/fedfog demo --clients $(CLIENTS) --rounds $(ROUNDS) --regions $(REGIONS) --seed $(SEED)
+
+test: env ## all tests that need no Docker
+	$(VENV)/bin/pytest -m "not compose"
+
+test-compose: env ## the tests of images and compose file; needs a Docker engine with Compose
+	$(VENV)/bin/pytest -m compose
+
+lint: env ## style, types and layers
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: env ## round overhead with training switched off, at 3 and 10 clients
+	$(VENV)/bin/python -m bench.rounds
+
+clean: ## remove the environment and all caches; results in runs/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find shared services tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find shared services -name '*.egg-info' -prune -exec rm -rf {} +
+
+# Torch has a step of its own, because the other index is asked for nothing else. Build isolation
+# would install setuptools once for each of the editable packages.
+$(INSTALLED): constraints.txt shared/pyproject.toml $(SERVICES)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; name one: make env PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) --no-build-isolation --editable 'shared[evaluation,flower,cli]' \
+		$(SERVICES:%/pyproject.toml=--editable %) $(TOOLS)
+	@touch $@

@@ -1,0 +1,1 @@
+"""The monitor as a service: `fedfog monitor`, which the shared wheel holds."""
