@@ -20,7 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import Peer
 from fedfog.cli.broker import free_port
-from fedfog.flower.fleet import FLOWER_ENVIRONMENT, run_status, submit_run
+from fedfog.flower import FLOWER_ENVIRONMENT
+from fedfog.flower.fleet import run_status, submit_run
 from fedfog.flower.grid import BellRung, BridgeSeen, FogEvent
 from fedfog.messages.codec import TensorTable, digest_of, encode
 from fedfog.messages.schemas import Bell, Bridge, ClientMetrics, PartialMeta

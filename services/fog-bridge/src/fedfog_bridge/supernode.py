@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from fedfog import service
-from fedfog.flower.fleet import FLOWER_ENVIRONMENT
+from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.settings import BridgeSettings
 from fedfog_bridge.presence import Presence

@@ -55,14 +55,6 @@ HEARTBEAT_INTERVAL = 30.0
 HEARTBEAT_EVERY = 15.0
 CALL_TIMEOUT = 20.0
 
-# Environment of every Flower process: nothing calls out, and a new run is noticed at once.
-FLOWER_ENVIRONMENT: Mapping[str, str] = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-}
-
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
