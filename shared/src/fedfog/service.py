@@ -58,6 +58,20 @@ def on_stop(put: Callable[[StopRequested], None]) -> None:
 
 
 PR_SET_PDEATHSIG = 1
+# Loaded here: after a fork is not the time to load anything.
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def die_with(parent: int) -> None:
+    """In a process just forked by the main thread of `parent`: be killed when that ends, in
+    whatever way (on Linux).
+
+    The kernel takes the end of the thread that forked for the end of the parent (prctl(2)).
+    """
+    if _libc is not None and _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(EXIT_FAILED)
 
 
 def spawn(
@@ -65,23 +79,14 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start a child that does not outlive this process, not even if it is killed (on Linux).
 
-    Only for the main thread: the kernel takes the end of the thread that forked for the end of
-    the parent (prctl(2)). The child has a session of its own, so that Ctrl-C reaches it only
-    through this process.
+    Only for the main thread, see `die_with`. The child has a session of its own, so that Ctrl-C
+    reaches it only through this process.
 
     Args:
         env: variables on top of this process's own.
         log_file: where the child's output is appended; default: this process's output.
     """
     parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def die_with_parent() -> None:
-        if libc is not None and libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(EXIT_FAILED)
-
     output = log_file.open("ab") if log_file else None
     try:
         return subprocess.Popen(
@@ -91,7 +96,7 @@ def spawn(
             stderr=subprocess.STDOUT if output else None,
             env={**os.environ, **(env or {})},
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=lambda: die_with(parent),
         )
     finally:
         if output:

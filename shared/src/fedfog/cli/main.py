@@ -46,8 +46,9 @@ def demo(
     All other settings (docs/settings.md) are taken from the environment.
     """
     from fedfog.cli import demo as command
+    from fedfog.cli.federation import Options
 
-    options = command.Options(
+    options = Options(
         clients=clients,
         rounds=rounds,
         regions=regions,

@@ -18,7 +18,7 @@ from fedfog.messages import schemas
 from fedfog.messages.catalog import Message
 
 if TYPE_CHECKING:
-    from fedfog.cli.demo import Options
+    from fedfog.cli.federation import Options
 
 REFRESH_SECONDS = 0.2
 

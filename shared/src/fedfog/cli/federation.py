@@ -1,0 +1,186 @@
+"""The processes of a demo: every tier of a federation on loopback, started and ended together.
+
+Standard library only: the tiers are on their way before anything else is imported.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedfog.cli import clients
+from fedfog.cli.broker import Kind, LocalBroker, free_port
+from fedfog.service import spawn
+
+SERVER, BROKER = "central-server", "broker"
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    clients: int  # in each region
+    rounds: int
+    regions: int
+    seed: int
+    local_epochs: int
+    task: str
+    broker: Kind | None
+    runs_dir: Path
+    data_dir: Path
+    time_limit: float  # seconds
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A tier has ended, with this exit code (negative: killed by this signal)."""
+
+    name: str
+    log: Path
+    code: int
+
+    def __str__(self) -> str:
+        if self.code < 0:
+            return f"{self.name} was killed by {signal.Signals(-self.code).name}"
+        return f"{self.name} ended with exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A process of the federation."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
+        code = self.process.wait()
+        # Of the clients, it is one that ended first.
+        first = clients.ended(self.log.read_text(errors="replace"))
+        return Ended(first.name, Path(first.log), first.code) if first else self._ended(code)
+
+    def _ended(self, code: int) -> Ended:
+        return Ended(self.name, self.log, code)
+
+
+class Federation:
+    """All processes of a demo.
+
+    Args:
+        run: name of the run; its folder must not be there yet.
+        private: folder of what none of them needs after the demo.
+
+    Raises:
+        OSError: the run's folder cannot be made.
+    """
+
+    def __init__(self, options: Options, run: str, private: Path) -> None:
+        self.regions = tuple(f"region_{i}" for i in range(options.regions))
+        self.folder = options.runs_dir / run
+        self.logs = self.folder / "logs"
+        self.logs.mkdir(parents=True)
+        self.broker = LocalBroker(self.logs, options.broker)
+        self._tiers: list[Tier] = []
+        self._options, self._private = options, private
+        self._flower_port = free_port()
+
+    def start(self) -> None:
+        """Start all tiers; the one whose chain of processes is the longest first.
+
+        Raises:
+            ServiceError: the broker does not come up.
+        """
+        options = self._options
+        server = self._env(
+            SERVER,
+            RUN_ID=self.folder.name,
+            RUNS_DIR=options.runs_dir.resolve(),
+            ROUNDS=options.rounds,
+            SEED=options.seed,
+            LOCAL_EPOCHS=options.local_epochs,
+            MIN_AVAILABLE_CLIENTS=options.regions,
+            MIN_FIT_CLIENTS=options.regions,
+            FLOWER_HOST="127.0.0.1",
+            FLOWER_PORT=self._flower_port,
+            EXIT_WHEN_FINISHED="true",
+        )
+        self._start(SERVER, "fedfog_central_server.main", server)
+        self.broker.start()
+        assert self.broker.process is not None
+        self._tiers.append(Tier(BROKER, self.broker.process, self.logs / "broker.log"))
+        self._start_clients()
+        for region in self.regions:
+            name = f"{region}-aggregator"
+            env = self._env(name, REGION=region, CLIENTS_EXPECTED=options.clients)
+            self._start(name, "fedfog_aggregator.main", env)
+            name = f"{region}-bridge"
+            self._start(name, "fedfog_bridge.main", self._env(name, REGION=region))
+
+    def watch(self, put: Callable[[Ended], None]) -> None:
+        """Have the end of each tier `put`, by a thread, whenever it comes."""
+
+        def wait(tier: Tier) -> None:
+            put(tier.wait())
+
+        for tier in self._tiers:
+            threading.Thread(target=wait, args=(tier,), name=tier.name, daemon=True).start()
+
+    def stop(self) -> None:
+        """End all tiers, the broker last; after `STOP_SECONDS` they are killed."""
+        for group in (
+            [tier for tier in self._tiers if tier.name != BROKER],
+            [tier for tier in self._tiers if tier.name == BROKER],
+        ):
+            for tier in group:
+                tier.process.terminate()
+            deadline = time.monotonic() + STOP_SECONDS
+            for tier in group:
+                try:
+                    tier.process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    sys.stderr.write(f"{tier.name} does not end by itself and is killed.\n")
+                    tier.process.kill()
+                    tier.process.wait()
+
+    def _start(self, name: str, module: str, env: dict[str, str], *arguments: str) -> None:
+        log = self.logs / f"{name}.log"
+        self._tiers.append(
+            Tier(name, spawn([sys.executable, "-m", module, *arguments], env, log), log)
+        )
+
+    def _start_clients(self) -> None:
+        start = []
+        for region in self.regions:
+            for number in range(1, self._options.clients + 1):
+                name = f"{region}-client-{number}"
+                env = self._env(name, REGION=region, CLIENT_ID=f"client-{number}")
+                start.append(clients.Client(name, str(self.logs / f"{name}.log"), env))
+        path = self._private / "clients.json"
+        clients.save(start, path)
+        self._start("clients", clients.__name__, self._env("clients"), str(path))
+
+    def _env(self, name: str, **settings: object) -> dict[str, str]:
+        """Environment of a tier, on top of the user's."""
+        home = self._private / name
+        home.mkdir()
+        env = {
+            "MQTT_BROKER": self.broker.host,
+            "MQTT_PORT": self.broker.port,
+            "REGIONS": ",".join(self.regions),
+            "FLOWER_SERVER": f"127.0.0.1:{self._flower_port}",
+            "TASK": self._options.task,
+            "DATA_DIR": self._options.data_dir.resolve(),
+            "STATE_DIR": home,
+            "HEALTH_FILE": home / "health",
+            "EXIT_WHEN_FINISHED": "false",
+            "LOG_FORMAT": "json",
+            "OMP_NUM_THREADS": 1,  # the tiers share the cores
+            "TMPDIR": self._private,
+        } | settings
+        return {key: str(value) for key, value in env.items()}
