@@ -74,3 +74,14 @@ def birth(boot: int = 1, slot: int | None = None) -> bytes:
 
 def death(boot: int = 1) -> bytes:
     return Presence(online=False, boot=boot).to_json()
+
+
+BASE_META = UpdateMeta(
+    run="run",
+    round=1,
+    region="region_0",
+    client="a",
+    base_digest="0" * 64,
+    num_examples=10,
+    metrics=ClientMetrics(train_loss=0.5),
+)

@@ -19,7 +19,7 @@ Seconds = Annotated[float, Field(ge=0)]
 class Payload(BaseModel):
     """Base of all messages: unknown fields, NaN and infinity are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
 
@@ -30,7 +30,7 @@ class Payload(BaseModel):
 class Hyperparameters(BaseModel):
     """How a client is to train in the next round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     local_epochs: int = Field(ge=1, description="passes over the client's training examples")
     batch_size: int = Field(ge=1, description="examples per step")
@@ -41,7 +41,7 @@ class Hyperparameters(BaseModel):
 class Evaluation(BaseModel):
     """Metrics of a global model on the server's held-out examples."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     round: Round
     num_examples: Examples
@@ -57,7 +57,7 @@ class Evaluation(BaseModel):
 class RegionShare(BaseModel):
     """What one region put into a global model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     num_clients: int = Field(ge=1)
     num_examples: Examples
@@ -87,7 +87,7 @@ class ModelMeta(Payload):
 class ClientMetrics(BaseModel):
     """What a client tells of its learning; never its data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     train_loss: float = Field(description="mean over the last local epoch")
     validation_loss: float | None = Field(
