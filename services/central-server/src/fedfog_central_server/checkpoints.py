@@ -128,7 +128,7 @@ class Checkpoints:
         return checkpoint
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; None if there was never any.
+        """The newest one that is whole; None if there was never any. Damaged ones are renamed.
 
         Raises:
             CheckpointError: there are some, but all are damaged.
@@ -138,13 +138,20 @@ class Checkpoints:
             try:
                 return self.load(round_)
             except CheckpointError as error:
-                log.error("checkpoint_damaged", error=str(error), falling_back=round_ != rounds[0])
+                log.error("checkpoint_damaged", error=str(error))
+                if round_ != rounds[0]:
+                    self.path(round_).rename(self.path(round_).with_suffix(".damaged"))
         if rounds:
             raise CheckpointError(
-                f"all {len(rounds)} checkpoints in {self._folder} are damaged: restore one from a "
-                "backup, or begin a new run with another RUN_ID"
+                f"{self.path(rounds[0])} is damaged, and there is no older checkpoint: restore one "
+                "from a backup, or begin a new run with another RUN_ID"
             )
         return None
+
+    @property
+    def last_round(self) -> int:
+        """Of the checkpoints that are there, whole or not; -1 without any."""
+        return max(self._rounds(), default=-1)
 
     def records(self) -> list[RoundRecord]:
         """Records of the kept rounds whose file has a readable header, oldest first."""

@@ -12,7 +12,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from fedfog.messages.schemas import Bell, Bridge, Cue, Name, Round
 
+# Environment of the ServerApp, on top of the settings.
 SOCKET_VARIABLE = "FEDFOG_SUPERVISOR_SOCKET"
+FOLDER_VARIABLE = "FEDFOG_RUN_FOLDER"
 
 
 class Hello(BaseModel):
@@ -53,6 +55,12 @@ class Logged(BaseModel):
     fields: dict[str, Any]
 
 
+class Start(BaseModel):
+    """The checkpoint to start from is there."""
+
+    kind: Literal["start"] = "start"
+
+
 class BridgeHeard(BaseModel):
     kind: Literal["bridge"] = "bridge"
     region: Name
@@ -67,7 +75,7 @@ class BellHeard(BaseModel):
 FromServerApp = Annotated[
     Hello | Checkpointed | CueWanted | Failed | Logged, Field(discriminator="kind")
 ]
-FromSupervisor = Annotated[BridgeHeard | BellHeard, Field(discriminator="kind")]
+FromSupervisor = Annotated[Start | BridgeHeard | BellHeard, Field(discriminator="kind")]
 from_server_app: TypeAdapter[FromServerApp] = TypeAdapter(FromServerApp)
 from_supervisor: TypeAdapter[FromSupervisor] = TypeAdapter(FromSupervisor)
 

@@ -78,7 +78,7 @@ def summarize(run: Run, status: Status, error: str = "") -> Summary:
     last = rounds[-1].evaluation if rounds else run.history.initial
     initial = run.history.initial
     return Summary(
-        run=run.id,
+        run=run.info.run,
         status=status,
         error=error,
         rounds=rounds[-1].round if rounds else 0,
@@ -149,7 +149,7 @@ def save_curve(run: Run) -> None:
     left, right = figure.subplots(1, 2)
     for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC"), ("macro_f1", "macro-F1")):
         left.plot(rounds, [getattr(e, name) for e in points], marker="o", label=label)
-    left.set(xlabel="round", ylabel="on held-out examples", title=run.id)
+    left.set(xlabel="round", ylabel="on held-out examples", title=run.info.run)
     left.legend()
     right.plot(rounds, [e.loss for e in points], marker="o", color="tab:red")
     right.set(xlabel="round", ylabel="loss (nats)", title="loss")

@@ -37,10 +37,11 @@ _PACKAGES = ("fedfog", "flwr", "torch", "numpy", "scikit-learn")
 
 
 class RunInfo(BaseModel):
-    """`settings.json`: written once, when the run begins."""
+    """`settings.json`: what the run was begun with."""
 
     run: RunId
     run_started: int
+    rewinds: int = Field(0, description="how often a damaged checkpoint was gone back behind")
     versions: dict[str, str]
     settings: dict[str, Any]
 
@@ -122,15 +123,26 @@ class Run:
 
     def __init__(self, folder: Path, info: RunInfo, keep: int) -> None:
         self.folder, self.info = folder, info
-        self.id, self.started = info.run, info.run_started
         self.checkpoints = Checkpoints(folder / "checkpoints", keep)
         self.history = History(run=info.run)
         self._since, self._before = time.monotonic(), 0.0
 
     @property
+    def id(self) -> str:
+        """Under which the run is known to the other tiers. They ignore a lower round of a run
+        that they know, so a run that has to go back takes a new id."""
+        rewinds = self.info.rewinds
+        return f"{self.info.run[:55]}-r{rewinds}" if rewinds else self.info.run
+
+    @property
     def seconds(self) -> float:
         """How long the run has been worked on, over all starts of the server."""
         return self._before + time.monotonic() - self._since
+
+    def save_info(self) -> None:
+        """Raises OSError."""
+        data = self.info.model_dump_json(indent=1).encode()
+        write_atomically(self.folder / "settings.json", data)
 
     def save_history(self) -> None:
         """Raises OSError."""
@@ -143,11 +155,18 @@ class Run:
 
         Raises:
             ServiceError: all checkpoints are damaged.
+            OSError: the folder cannot be written.
         """
+        last = self.checkpoints.last_round
         try:
             checkpoint = self.checkpoints.newest()
         except CheckpointError as error:
             raise ServiceError(str(error)) from error
+        if checkpoint and checkpoint.round < last:
+            self.info.rewinds += 1
+            self.info.run_started = max(int(time.time()), self.info.run_started + 1)
+            self.save_info()
+            log.warning("run_goes_back", from_round=last, to_round=checkpoint.round, now=self.id)
         self.history = _read(History, self.folder / "history.json") or self.history
         self._before = self.history.seconds
         newest = checkpoint.round if checkpoint else -1
@@ -184,13 +203,13 @@ def open_run(settings: CentralSettings) -> Run:
             log.info("new_run", because=f"{found.run} {obstacle}")
             found = None
     info = found or _new(settings, after=latest.run_started if latest else 0)
-    folder = root / info.run
+    run = Run(root / info.run, info, settings.keep_checkpoints)
     if not found:
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / "settings.json", info.model_dump_json(indent=1).encode())
+        run.folder.mkdir(exist_ok=True)
+        run.save_info()
     _point(root / "latest", info.run)
-    log.info("run_resumed" if found else "run_begins", run=info.run, folder=str(folder))
-    return Run(folder, info, settings.keep_checkpoints)
+    log.info("run_resumed" if found else "run_begins", run=run.id, folder=str(run.folder))
+    return run
 
 
 def _new(settings: CentralSettings, after: int) -> RunInfo:

@@ -48,6 +48,7 @@ class Supervisor:
 
     def __init__(self, path: str, log_level: str) -> None:
         self.events: queue.Queue[FogEvent] = queue.Queue()
+        self.started = threading.Event()
         self._connection = Client(path, "AF_UNIX")
         self._lock = threading.Lock()
         structlog.configure(
@@ -76,7 +77,9 @@ class Supervisor:
                 # The supervisor died or gave this process up: whoever resumes the run must be the
                 # only one to write checkpoints.
                 os._exit(1)
-            if isinstance(message, link.BridgeHeard):
+            if isinstance(message, link.Start):
+                self.started.set()
+            elif isinstance(message, link.BridgeHeard):
                 self.events.put(BridgeSeen(message.region, message.bridge))
             else:
                 self.events.put(BellRung(message.bell))
@@ -141,9 +144,10 @@ def main(grid: Grid, context: Context) -> None:
     supervisor = Supervisor(os.environ[link.SOCKET_VARIABLE], settings.log_level)
     supervisor.say(link.Hello(flower_run=context.run_id, pid=os.getpid()))
     config = context.run_config
-    run, first_round = str(config["run"]), int(config["first-round"])
+    first_round = int(config["first-round"])
     try:
-        folder = Path(settings.runs_dir) / run / "checkpoints"
+        supervisor.started.wait()  # for model 0; the supervisor's end ends this wait, too
+        folder = Path(os.environ[link.FOLDER_VARIABLE]) / "checkpoints"
         checkpoints = Checkpoints(folder, settings.keep_checkpoints)
         start = checkpoints.load(first_round - 1)
         inner = make_strategy(settings.strategy, settings.min_fit_clients, settings.learning_rate)
@@ -151,7 +155,7 @@ def main(grid: Grid, context: Context) -> None:
         strategy = FogStrategy(
             inner,
             table=start.table,
-            run=run,
+            run=str(config["run"]),
             first_round=first_round,
             min_fit=settings.min_fit_clients,
             min_available=settings.min_available_clients,

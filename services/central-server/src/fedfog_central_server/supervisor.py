@@ -17,7 +17,15 @@ from pydantic import BaseModel
 from fedfog import service
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.logs import Step
-from fedfog.messages.codec import CodecError, TensorTable, Vector, decode_json, encode
+from fedfog.messages.codec import (
+    CodecError,
+    TensorTable,
+    Vector,
+    decode,
+    decode_json,
+    digest_of,
+    encode,
+)
 from fedfog.messages.schemas import (
     Bell,
     Bridge,
@@ -73,7 +81,7 @@ class Supervisor:
         )
         put = self.session.events.put
         self._run = open_run(settings)
-        self._tier = FlowerTier(settings, put)
+        self._tier = FlowerTier(settings, self._run.folder, put)
         self._learning = Learning(settings, put)
         self._over: Status | None = None
 
@@ -122,15 +130,18 @@ class Supervisor:
 
     def _begin(self) -> None:
         checkpoint = self._run.recover()
-        if checkpoint is None or checkpoint.round < self._settings.rounds:
+        complete = checkpoint is not None and checkpoint.round == self._settings.rounds
+        if not complete:
             self._tier.start()
         self.session.start()
         if checkpoint is None:
             self._learning.make_initial_model()
-            return
-        for evaluation in self._run.history.evaluations:
-            self._newest, self._best = evaluation, max(self._best, evaluation.accuracy)
-        self._take(checkpoint)
+        else:
+            for evaluation in self._run.history.evaluations:
+                self._newest, self._best = evaluation, max(self._best, evaluation.accuracy)
+            self._take(checkpoint)
+        if not complete:
+            self._submit()
 
     def _wait(self) -> float:
         due = [t for t in (self._restart_at, self._hello_by) if t is not None]
@@ -200,21 +211,30 @@ class Supervisor:
                 self._tell(link.BridgeHeard(region=region, bridge=bridge))
 
     def _guard_model(self, payload: bytes) -> None:
-        """Repair the retained model if somebody else wrote it. Own messages come back once each,
-        in order; comparing their bytes costs less than a second connection without them."""
+        """Repair the retained model if it is not ours. Own messages come back once each, in order;
+        to know them by their bytes costs less than a second connection without them."""
         if payload in self._echoes:
             while self._echoes.popleft() != payload:
                 pass
-        elif self._payload:
-            log.warning("foreign_model", topic=self._topics.global_model, bytes=len(payload))
+        elif self._checkpoint is not None and not self._is_present_model(payload):
+            log.info("retained_model_replaced", topic=self._topics.global_model)
             self._publish()
+
+    def _is_present_model(self, payload: bytes) -> bool:
+        """As a former start of the server published it, perhaps with an older evaluation."""
+        assert self._checkpoint is not None
+        try:
+            model, ours = decode(payload, ModelMeta), self._meta(self._checkpoint)
+        except CodecError:
+            return False
+        meta = model.meta.model_copy(update={"evaluation": ours.evaluation})
+        return meta == ours and digest_of(model.vector) == ours.digest
 
     # The Flower side
 
     def _submit(self) -> None:
-        assert self._checkpoint is not None
         replaced, self._flower_run, self._hello_by = self._flower_run, None, None
-        first = self._checkpoint.round + 1
+        first = self._checkpoint.round + 1 if self._checkpoint else 1
         self._tier.submit(self._run.id, first, self._settings.rounds, replaced)
 
     def _greet(self, connection: Connection, hello: link.Hello) -> None:
@@ -225,6 +245,8 @@ class Supervisor:
         log.info("serverapp_ready", pid=hello.pid, flower_run=hello.flower_run)
         for region, bridge in self._bridges.items():
             self._tell(link.BridgeHeard(region=region, bridge=bridge))
+        if self._checkpoint is not None:
+            self._tell(link.Start())
 
     def _server_app_said(self, message: link.FromServerApp) -> None:
         match message:
@@ -278,18 +300,17 @@ class Supervisor:
         if not self._tier.alive:
             self._tier.start()
         if self._over is None and self._checkpoint is not None:
-            self._adopt()
-        if self._over is None and self._checkpoint is not None:
+            self._adopt(self._checkpoint.round)
+        if self._over is None:
             self._submit()
 
-    def _adopt(self) -> None:
+    def _adopt(self, known: int) -> None:
         """Take a checkpoint that a ServerApp wrote but died before it could say so."""
-        assert self._checkpoint is not None
         try:
             newest = self._run.checkpoints.newest()
         except CheckpointError as error:
             raise RunFailedError(str(error)) from error
-        if newest is not None and newest.round > self._checkpoint.round:
+        if newest is not None and newest.round > known:
             self._take(newest)
 
     # Models
@@ -320,8 +341,8 @@ class Supervisor:
             waits_for_broker=None if sent else True,
             seconds=round(time.monotonic() - began, 4),
         )
-        if first and meta.state is RunState.TRAINING:
-            self._submit()
+        if first:
+            self._tell(link.Start())
         history = self._run.history
         history.add(checkpoint.record)
         if history.record(checkpoint.round).evaluation is None:
@@ -334,7 +355,7 @@ class Supervisor:
         last = checkpoint.round == self._settings.rounds
         return ModelMeta(
             run=self._run.id,
-            run_started=self._run.started,
+            run_started=self._run.info.run_started,
             round=checkpoint.round,
             rounds=self._settings.rounds,
             state=RunState.FINISHED if last else RunState.TRAINING,
@@ -400,6 +421,8 @@ class Supervisor:
         self._over, self._restart_at = status, None
         if status is not Status.COMPLETED:  # a ServerApp that has done its rounds ends by itself
             self._hang_up()
+        if status is Status.STOPPED or self._settings.exit_when_finished:
+            self._tier.terminate()  # it ends while the results are written
         self._save_history()
         summary = results.summarize(self._run, status, error)
         try:

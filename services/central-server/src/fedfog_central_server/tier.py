@@ -24,22 +24,21 @@ from urllib.request import urlopen
 import structlog
 from pydantic import ValidationError
 
+from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.service import ServiceError, spawn
 from fedfog.settings import CentralSettings
-from fedfog_central_server.link import SOCKET_VARIABLE, FromServerApp, from_server_app
+from fedfog_central_server.link import (
+    FOLDER_VARIABLE,
+    SOCKET_VARIABLE,
+    FromServerApp,
+    from_server_app,
+)
 
 log = structlog.get_logger()
 
 BOOT_SECONDS = 60.0
 PORT_SECONDS = 5.0
 TERMINATE_SECONDS = 3.0
-
-_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-}
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,13 @@ class FlowerTier:
     """Starts and ends the SuperLink, submits runs to it, listens to their ServerApps.
 
     Args:
+        run_folder: where the ServerApp finds the checkpoints.
         put: takes the events; called from threads of this object.
     """
 
-    def __init__(self, settings: CentralSettings, put: Callable[[Any], None]) -> None:
+    def __init__(
+        self, settings: CentralSettings, run_folder: Path, put: Callable[[Any], None]
+    ) -> None:
         self._settings, self._put = settings, put
         everywhere = settings.flower_host in ("0.0.0.0", "::")
         host = "127.0.0.1" if everywhere else settings.flower_host
@@ -85,13 +87,14 @@ class FlowerTier:
         self._folder = Path(tempfile.mkdtemp(prefix="fedfog-"))  # mode 0700
         path = str(self._folder / "supervisor.sock")
         self._listener = Listener(path, "AF_UNIX")
-        self._environment = _ENVIRONMENT | {
+        self._environment = {
+            **FLOWER_ENVIRONMENT,
             "FLWR_HOME": str(self._folder / "flower"),
             # Flower starts its own commands by name; a virtual environment need not be active.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "ERROR"),
             SOCKET_VARIABLE: path,
-            "RUNS_DIR": str(settings.runs_dir.resolve()),
+            FOLDER_VARIABLE: str(run_folder.resolve()),
         }
         self._superlink: Popen[bytes] | None = None
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
@@ -125,12 +128,17 @@ class FlowerTier:
             target=self._submit, args=(config, replaces), name="submit", daemon=True
         ).start()
 
+    def terminate(self) -> None:
+        """Ask the SuperLink to end; SuperLinkExited follows."""
+        if self._superlink is not None:
+            self._superlink.terminate()
+
     def end_superlink(self) -> None:
-        """Have it end; SuperLinkExited follows."""
+        """Have it end at once; SuperLinkExited follows."""
         process = self._superlink
         if process is None:
             return
-        process.terminate()
+        self.terminate()
         try:
             process.wait(TERMINATE_SECONDS)
         except TimeoutExpired:
@@ -175,7 +183,7 @@ class FlowerTier:
     # Threads
 
     def _submit(self, config: dict[str, str | int], replaces: int | None) -> None:
-        # Imported here and not before model 0 is out: it costs 0.7 s of a core.
+        # Imported here, in parallel with the SuperLink's start: it costs 0.7 s of a core.
         from fedfog.flower import fleet
 
         try:
