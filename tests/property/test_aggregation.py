@@ -34,10 +34,10 @@ def test_mean_of_partials_is_the_mean_over_all_clients(data: st.DataObject) -> N
         partials.append(mean([vectors[i] for i in members], [weights[i] for i in members]))
         partial_weights.append(sum(weights[i] for i in members))
 
-    exact = sum(w * v.astype(np.longdouble) for v, w in zip(vectors, weights, strict=True))
-    exact = exact / sum(weights)
+    products = [w * v.astype(np.longdouble) for v, w in zip(vectors, weights, strict=True)]
+    exact = np.sum(products, axis=0) / sum(weights)
     # Two roundings to float32, each relative to the largest partial, not to a sum that cancels.
-    scale = max(float(np.abs(v).max()) for v in [*partials, np.float32([1e-30])])
+    scale = max(1e-30, *(float(np.abs(partial).max()) for partial in partials))
     error = np.abs(mean(partials, partial_weights) - exact).max()
     assert error <= 2 * np.finfo(np.float32).eps * scale
 

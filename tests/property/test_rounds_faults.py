@@ -243,8 +243,8 @@ class FaultyRegion(RuleBasedStateMachine):
     @invariant()
     def partials_are_exact(self) -> None:
         for round, (mean, members) in self.store.partials.items():
-            total = sum(n * vector_of(c, round).astype(np.float64) for c, n in members.items())
-            expected = (total / sum(members.values())).astype(np.float32)
+            products = [n * vector_of(c, round).astype(np.float64) for c, n in members.items()]
+            expected = (np.sum(products, axis=0) / sum(members.values())).astype(np.float32)
             assert mean.tobytes() == expected.tobytes()
             assert members == {c: examples_of(c) for c in members}
 

@@ -70,7 +70,8 @@ def test_nobody_is_without_a_slot_and_slots_never_change_under_a_client(
     moves: list[tuple[str, bool, int]],
 ) -> None:
     table = SlotTable.deal("run", "abc")
-    now, present = 0, {}
+    now = 0
+    present: dict[str, int] = {}
     for client, joins, seconds in moves:
         now += seconds
         if joins:

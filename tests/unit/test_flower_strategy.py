@@ -39,7 +39,7 @@ def partial(
     table: TensorTable = TABLE,
     fields: Mapping[str, Any] | None = None,
 ) -> bytes:
-    values = {
+    values: dict[str, Any] = {
         "run": "run",
         "round": round_,
         "region": region,

@@ -1,0 +1,22 @@
+"""What the import linter cannot see: names inside of other packages."""
+
+import re
+
+from conftest import REPOSITORY
+
+INTERNAL = re.compile(r"flwr\.(supernode|supercore|superlink|proto|cli|common)\b")
+
+
+def test_only_fleet_uses_flower_internals() -> None:
+    """A new Flower version is then looked at in one place."""
+    sources = [*REPOSITORY.glob("shared/src/**/*.py"), *REPOSITORY.glob("services/*/src/**/*.py")]
+    users = {path.name for path in sources if INTERNAL.search(path.read_text())}
+    assert users == {"fleet.py"}
+
+
+def test_nothing_is_unpickled() -> None:
+    """Neither by name nor by the libraries' shortcuts to it."""
+    pickling = re.compile(r"import pickle|torch\.load|joblib|np\.load\(|\.recv\(\)")
+    sources = [*REPOSITORY.glob("shared/src/**/*.py"), *REPOSITORY.glob("services/*/src/**/*.py")]
+    assert len(sources) > 40
+    assert not [path.name for path in sources if pickling.search(path.read_text())]
