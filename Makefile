@@ -17,7 +17,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-compose lint bench clean
+.PHONY: help env demo test test-compose lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: env ## style, types and layers
 
 bench: env ## round overhead with training switched off, at 3 and 10 clients
 	$(VENV)/bin/python -m bench.rounds
+
+docs: env ## write docs/settings.md, docs/messages.md and .env.example anew
+	$(VENV)/bin/python -m fedfog.cli.reference .
 
 clean: ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

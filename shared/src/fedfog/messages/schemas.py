@@ -9,10 +9,11 @@ from fedfog.core.phases import Phase
 from fedfog.messages.topics import NAME_PATTERN
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the run")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Round = Annotated[int, Field(ge=0, le=10**9)]
-Examples = Annotated[int, Field(gt=0, le=10**9)]
+Round = Annotated[int, Field(ge=0, le=10**9, description="number of the round")]
+Examples = Annotated[int, Field(gt=0, le=10**9, description="number of examples")]
+Boot = Annotated[int, Field(ge=0, description="boot id of the sender: later ones are higher")]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -21,7 +22,7 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, description="of this message's fields")
 
     def to_json(self) -> bytes:
         return self.model_dump_json().encode()
@@ -43,14 +44,14 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    round: Round
-    num_examples: Examples
+    round: Round = Field(description="completed rounds of the model")
+    num_examples: Examples = Field(description="number of held-out examples")
     loss: float | None = Field(description="mean cross-entropy; none if it is not finite")
-    accuracy: float = Field(ge=0, le=1)
+    accuracy: float = Field(ge=0, le=1, description="share of right answers")
     auroc: float | None = Field(
         ge=0, le=1, description="none if the examples or the scores do not define it"
     )
-    macro_f1: float = Field(ge=0, le=1)
+    macro_f1: float = Field(ge=0, le=1, description="mean of the classes' F1")
     confusion_matrix: list[list[int]] = Field(description="rows: true class, columns: predicted")
 
 
@@ -59,8 +60,8 @@ class RegionShare(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    num_clients: int = Field(ge=1)
-    num_examples: Examples
+    num_clients: int = Field(ge=1, description="clients whose update is in it")
+    num_examples: Examples = Field(description="their training examples")
 
 
 class RunState(StrEnum):
@@ -73,12 +74,14 @@ class ModelMeta(Payload):
 
     run: RunId
     run_started: int = Field(ge=0, description="orders the runs: unix seconds of its beginning")
-    round: Round
+    round: Round = Field(description="completed rounds; clients train for the next one")
     rounds: Round = Field(description="rounds that the run is to have")
-    state: RunState
+    state: RunState = Field(description="`finished`: this is the run's last model")
     digest: Digest = Field(description="SHA-256 of the tensors' bytes")
-    hyperparameters: Hyperparameters
-    regions: dict[Name, RegionShare] = Field(default_factory=dict)
+    hyperparameters: Hyperparameters = Field(description="of the next round")
+    regions: dict[Name, RegionShare] = Field(
+        default_factory=dict, description="what each region put into this model"
+    )
     evaluation: Evaluation | None = Field(
         default=None, description="newest evaluation known: of an earlier model of this run"
     )
@@ -93,7 +96,9 @@ class ClientMetrics(BaseModel):
     validation_loss: float | None = Field(
         default=None, description="of the received model, before training"
     )
-    validation_accuracy: float | None = Field(default=None, ge=0, le=1)
+    validation_accuracy: float | None = Field(
+        default=None, ge=0, le=1, description="of the received model, before training"
+    )
 
 
 class UpdateMeta(Payload):
@@ -101,13 +106,13 @@ class UpdateMeta(Payload):
 
     run: RunId
     round: Round
-    region: Name
-    client: Name
+    region: Name = Field(description="as in the topic")
+    client: Name = Field(description="as in the topic")
     base_digest: Digest = Field(description="digest of the global model trained from")
-    num_examples: Examples
-    encoding: Literal["float32"] = "float32"
-    metrics: ClientMetrics
-    train_seconds: Seconds = 0.0
+    num_examples: Examples = Field(description="training examples, the weight in the mean")
+    encoding: Literal["float32"] = Field("float32", description="of the tensors")
+    metrics: ClientMetrics = Field(description="the client's own")
+    train_seconds: Seconds = Field(0.0, description="that the training took")
 
     @property
     def id(self) -> str:
@@ -120,10 +125,10 @@ class PartialMeta(Payload):
 
     run: RunId
     round: Round
-    region: Name
-    digest: Digest
-    num_clients: int = Field(ge=1)
-    num_examples: Examples
+    region: Name = Field(description="as in the topic")
+    digest: Digest = Field(description="SHA-256 of the tensors' bytes")
+    num_clients: int = Field(ge=1, description="number of members")
+    num_examples: Examples = Field(description="the members' examples, summed")
     members: dict[Name, Examples] = Field(description="accepted clients and their examples")
     left_out: dict[Name, str] = Field(
         default_factory=dict, description="clients of the cohort without an update, and why"
@@ -148,9 +153,12 @@ class Receipt(Payload):
 
     run: RunId | None = None
     round: Round | None = None
-    verdict: Verdict
-    reason: str = ""
-    boot: int = Field(ge=0, description="of the aggregator that answers")
+    verdict: Verdict = Field(
+        description="`received`: in the memory of this boot, keep it; `accepted`: in a committed "
+        "partial; `late`, `rejected`: in none"
+    )
+    reason: str = Field("", description="why it is `late` or `rejected`")
+    boot: Boot
 
 
 class RegionReceipt(Payload):
@@ -158,8 +166,8 @@ class RegionReceipt(Payload):
 
     run: RunId
     round: Round
-    boot: int = Field(ge=0)
-    members: list[Name]
+    boot: Boot
+    members: list[Name] = Field(description="clients whose update is accepted")
 
 
 class Slot(Payload):
@@ -167,30 +175,30 @@ class Slot(Payload):
     set was cut into `regions` parts of which this region has part `region_index`."""
 
     run: RunId
-    slot: int = Field(ge=0)
-    slots: int = Field(ge=1)
-    region_index: int = Field(ge=0)
-    regions: int = Field(ge=1)
+    slot: int = Field(ge=0, description="index of the client's slot in its region")
+    slots: int = Field(ge=1, description="slots of the region")
+    region_index: int = Field(ge=0, description="index of the region")
+    regions: int = Field(ge=1, description="regions that the training set was cut for")
 
 
 class Presence(Payload):
     """Birth and death of a client. A death counts only for the boot that it names."""
 
-    online: bool
-    boot: int = Field(ge=0)
+    online: bool = Field(description="birth or death")
+    boot: Boot
     slot: int | None = Field(default=None, description="the data slot it has, if any")
     own_data: bool = Field(default=False, description="it has data of its own: needs no slot")
-    version: str = ""
+    version: str = Field("", description="of FedFog")
 
 
 class Status(Payload):
     """State of a region's aggregator; published at boot and on a change of phase."""
 
-    online: bool
-    boot: int = Field(ge=0)
+    online: bool = Field(description="birth or death")
+    boot: Boot
     run: RunId | None = None
     round: Round | None = None
-    phase: Phase | None = None
+    phase: Phase | None = Field(default=None, description="of the round in this region")
 
 
 class Progress(Payload):
@@ -198,9 +206,9 @@ class Progress(Payload):
 
     run: RunId
     round: Round
-    phase: Phase
-    received: int = Field(ge=0)
-    expected: int = Field(ge=0)
+    phase: Phase = Field(description="of the round in this region")
+    received: int = Field(ge=0, description="updates that are in the sum")
+    expected: int = Field(ge=0, description="updates that close the round")
     waiting_for: list[str] = Field(description="the first ten clients whose update is missing")
     seconds_left: float = Field(description="to the deadline; negative when it has passed")
 
@@ -208,8 +216,8 @@ class Progress(Payload):
 class Bridge(Payload):
     """Birth and death of a fog bridge."""
 
-    online: bool
-    boot: int = Field(ge=0)
+    online: bool = Field(description="birth or death")
+    boot: Boot
     node_id: int | None = Field(
         default=None, description="its Flower node id; none if it runs in a stock SuperNode"
     )
@@ -225,8 +233,8 @@ class Cue(Payload):
 class Bell(Payload):
     """The reply to this Flower message is in the SuperLink: pull it."""
 
-    region: Name
-    message_id: str
+    region: Name = Field(description="of the bridge")
+    message_id: str = Field(description="Flower's id of the message that was answered")
 
 
 class RoundRecord(Payload):
@@ -234,12 +242,14 @@ class RoundRecord(Payload):
 
     run: RunId
     round: Round
-    regions: dict[Name, PartialMeta]
+    regions: dict[Name, PartialMeta] = Field(description="the partials, without their tensors")
     left_out: dict[Name, str] = Field(
         default_factory=dict, description="regions without a partial in this round, and why"
     )
-    num_clients: int = Field(ge=0)
-    num_examples: int = Field(ge=0)
-    train_loss: float | None = None
-    evaluation: Evaluation | None = None
+    num_clients: int = Field(ge=0, description="clients whose update is in the model")
+    num_examples: int = Field(ge=0, description="their training examples")
+    train_loss: float | None = Field(
+        default=None, description="mean over the regions, weighted by examples"
+    )
+    evaluation: Evaluation | None = Field(default=None, description="of the model of this round")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
