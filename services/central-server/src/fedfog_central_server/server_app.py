@@ -104,7 +104,7 @@ class Checkpointer:
         log.info(
             Step.AGGREGATE_GLOBAL,
             round=model.round,
-            regions=sorted(record.regions),
+            partials=[partial.id for _, partial in sorted(record.regions.items())],
             left_out=record.left_out or None,
             clients=record.num_clients,
             examples=record.num_examples,

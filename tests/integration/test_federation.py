@@ -1,0 +1,226 @@
+"""The whole federation, every tier as its own process: who may come late, freeze, die or be
+missing, and what the run is then."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY, Peer, Service
+from fedfog.cli.broker import LocalBroker, free_port
+from fedfog.messages.codec import decode, decode_meta
+from fedfog.messages.schemas import ModelMeta, PartialMeta, RoundRecord, UpdateMeta
+
+Services = Callable[..., Service]
+RUN = "run"
+
+
+class Stack:
+    """Starts the tiers one by one, against one broker."""
+
+    def __init__(self, services: Services, broker: LocalBroker, folder: Path) -> None:
+        self._services, self.broker = services, broker
+        self.results = folder / "runs" / RUN
+        self._flower = free_port()
+
+    def server(self, **settings: object) -> Service:
+        defaults: dict[str, object] = {
+            "run_id": RUN,
+            "runs_dir": self.results.parent,
+            "flower_port": self._flower,
+            "exit_when_finished": "true",
+            "pythonpath": REPOSITORY,
+        }
+        return self._services("fedfog_central_server.main", self.broker, **(defaults | settings))
+
+    def aggregator(self, region: str = "region_0", **settings: object) -> Service:
+        module = "fedfog_aggregator.main"
+        return self._services(module, self.broker, f"agg-{region}", region=region, **settings)
+
+    def bridge(self, region: str = "region_0") -> Service:
+        address = f"127.0.0.1:{self._flower}"
+        module, name = "fedfog_bridge.main", f"bridge-{region}"
+        return self._services(module, self.broker, name, region=region, flower_server=address)
+
+    def client(self, name: str, region: str = "region_0", **settings: object) -> Service:
+        defaults: dict[str, object] = {"client_id": name, "region": region}
+        return self._services(
+            "fedfog_client.main",
+            self.broker,
+            f"{region}-{name}",
+            pythonpath=REPOSITORY,
+            **(defaults | settings),
+        )
+
+    def history(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.results / "history.json").read_text())["rounds"])
+
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.results / "summary.json").read_text()))
+
+
+@pytest.fixture
+def stack(services: Services, broker: LocalBroker, tmp_path: Path) -> Stack:
+    return Stack(services, broker, tmp_path)
+
+
+def of_round(record: bytes, round: int) -> bool:
+    return RoundRecord.model_validate_json(record).round >= round
+
+
+def test_client_that_comes_after_round_1_joins_the_next_round(
+    stack: Stack, peers: Callable[..., Peer]
+) -> None:
+    peer = peers(stack.broker.port, "fl/history")
+    server = stack.server(rounds=12, local_epochs=60)
+    stack.aggregator(clients_expected=2)
+    stack.bridge()
+    stack.client("a")
+    stack.client("b")
+    peer.wait_for(lambda _, p: of_round(p, 1), 60)
+    stack.client("late")
+    assert server.wait(120) == 0
+    members = [sorted(r["regions"]["region_0"]["members"]) for r in stack.history()]
+    assert members[0] == ["a", "b"]
+    assert members[-1] == ["a", "b", "late"]
+
+
+def test_frozen_client_is_left_out_at_the_deadline_by_name(stack: Stack) -> None:
+    server = stack.server(rounds=2)
+    stack.aggregator(clients_expected=3, round_deadline=4)
+    stack.bridge()
+    stack.client("a")
+    stack.client("b")
+    frozen = stack.client("c")
+    frozen.wait_for_log("data_slot")
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    assert server.wait(90) == 0
+    rounds = [r["regions"]["region_0"] for r in stack.history()]
+    left_out = {name for partial in rounds for name in partial["left_out"]}
+    assert left_out == {"c"}
+    assert sorted(rounds[-1]["members"]) == ["a", "b"]
+
+
+def test_killed_client_does_not_hold_up_the_round(stack: Stack) -> None:
+    """The will tells it at once: the deadline of ten minutes is not waited for."""
+    server = stack.server(rounds=2, local_epochs=30)
+    stack.aggregator(clients_expected=3, round_deadline=600)
+    stack.bridge()
+    stack.client("a")
+    stack.client("b")
+    killed = stack.client("c")
+    killed.wait_for_log('"epoch": "2/30"', 60)
+    killed.kill()
+    assert server.wait(90) == 0
+    first = stack.history()[0]["regions"]["region_0"]
+    assert sorted(first["members"]) == ["a", "b"]
+    assert first["left_out"] == {"c": "offline"}
+
+
+def test_without_clients_no_round_is_made_up(stack: Stack, peers: Callable[..., Peer]) -> None:
+    """Only model 0 is ever published, and the error names the setting."""
+    peer = peers(stack.broker.port, "fl/global_model")
+    server = stack.server(rounds=3, round_timeout=3)
+    stack.aggregator()
+    stack.bridge()
+    assert server.wait(60) == 1
+    models = [decode_meta(p, ModelMeta).round for t, p in peer.received if p]
+    assert set(models) == {0}
+    summary = stack.summary()
+    assert summary["status"] == "failed"
+    assert "ROUND_TIMEOUT" in summary["error"]
+
+
+def test_region_without_a_bridge_is_left_out_and_named(stack: Stack) -> None:
+    regions = "region_0,region_1"
+    server = stack.server(rounds=1, regions=regions, regions_timeout=6, local_epochs=1)
+    for region in regions.split(","):
+        stack.aggregator(region, regions=regions, clients_expected=1)
+        stack.client("a", region)
+    stack.bridge("region_0")
+    assert server.wait(60) == 0
+    record = stack.history()[0]
+    assert list(record["regions"]) == ["region_0"]
+    assert "region_1" in record["left_out"]
+
+
+def test_two_regions_give_the_mean_over_all_clients_of_both(
+    stack: Stack, peers: Callable[..., Peer]
+) -> None:
+    """Recomputed from the updates as they went over the wire: flat FedAvg in float64."""
+    peer = peers(stack.broker.port, "fl/updates/#", "fl/global_model", "fl/partial/#")
+    regions = "region_0,region_1"
+    server = stack.server(
+        rounds=3, regions=regions, min_available_clients=2, min_fit_clients=2, local_epochs=1
+    )
+    for region, clients in (("region_0", "ab"), ("region_1", "c")):
+        stack.aggregator(region, regions=regions, clients_expected=len(clients))
+        stack.bridge(region)
+        for client in clients:
+            stack.client(client, region)
+    assert server.wait(90) == 0
+    updates: dict[tuple[int, str, str], Any] = {}
+    models: dict[int, Any] = {}
+    for topic, payload in peer.received:
+        if topic.startswith("fl/updates/"):
+            update = decode(payload, UpdateMeta)
+            meta = update.meta
+            updates[meta.round, meta.region, meta.client] = update
+        elif topic == "fl/global_model":
+            model = decode(payload, ModelMeta)
+            models[model.meta.round] = model.vector
+    assert sorted(models) == [0, 1, 2, 3]
+    for round in (1, 2, 3):
+        members = [u for (r, _, _), u in updates.items() if r == round]
+        assert len(members) == 3
+        weights = [u.meta.num_examples for u in members]
+        # The slots of both regions cover the 500 training beats; a tenth of each validates.
+        assert abs(sum(weights) - 450) < len(weights)
+        products = [n * u.vector.astype(np.float64) for n, u in zip(weights, members, strict=True)]
+        flat = np.sum(products, axis=0) / sum(weights)
+        np.testing.assert_allclose(models[round], flat, rtol=1e-6, atol=1e-8)
+
+
+def test_broker_killed_in_mid_run_loses_nothing(stack: Stack, peers: Callable[..., Peer]) -> None:
+    peer = peers(stack.broker.port, "fl/history")
+    server = stack.server(rounds=8, local_epochs=30)
+    stack.aggregator(clients_expected=2, round_deadline=600)
+    stack.bridge()
+    for name in "ab":
+        stack.client(name)
+    peer.wait_for(lambda _, p: of_round(p, 2), 60)
+    assert stack.broker.process is not None
+    stack.broker.process.kill()
+    stack.broker.process.wait()
+    stack.broker.start()
+    assert server.wait(120) == 0
+    rounds = stack.history()
+    assert [r["round"] for r in rounds] == list(range(1, 9))
+    for record in rounds:
+        assert sorted(record["regions"]["region_0"]["members"]) == ["a", "b"]
+
+
+def test_one_grep_follows_an_update_through_every_tier(stack: Stack) -> None:
+    server = stack.server(rounds=1)
+    aggregator = stack.aggregator(clients_expected=1)
+    bridge = stack.bridge()
+    client = stack.client("a")
+    assert server.wait(60) == 0
+    for service, steps in (
+        (client, ("step_1", "step_2")),
+        (aggregator, ("step_3", "step_4")),
+        (bridge, ("step_5",)),
+        (server, ("step_6",)),
+    ):
+        lines = [line for line in service.log.read_text().splitlines() if f"{RUN}/1/" in line]
+        for step in steps:
+            assert any(step in line and '"seconds"' in line for line in lines), (step, lines)
+    assert "step_7" in server.log.read_text()
+    assert "step_8" in client.log.read_text()
+    assert stack.history()[0]["regions"]["region_0"]["members"].keys() == {"a"}
+    assert PartialMeta.model_validate(stack.history()[0]["regions"]["region_0"]).num_clients == 1
