@@ -1,0 +1,290 @@
+"""The images and the compose stack, on a real Docker engine."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY, Peer
+from fedfog.messages.codec import decode_meta
+from fedfog.messages.schemas import ModelMeta, RunState
+
+pytestmark = pytest.mark.compose
+
+RUN = ("up", "--exit-code-from", "central-server")
+SECONDS = 300.0
+LEARNED = 0.9  # test accuracy; guessing the more frequent class gives 0.58
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """Docker with Compose, or a skip that says what is missing."""
+    if shutil.which("docker") is None:
+        pytest.skip("no `docker` command: install Docker Engine or Docker Desktop")
+    for command, missing in (
+        (["docker", "info"], "no Docker engine answers"),
+        (["docker", "compose", "version"], "Docker has no Compose v2"),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            pytest.skip(f"{missing}: {done.stderr.strip()[-200:]}")
+
+
+@pytest.fixture(scope="session")
+def images(engine: None) -> None:
+    """The five images, built from this checkout."""
+    command = ["docker", "compose", "--profile", "monitor", "build"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Project:
+    """One compose project: a name of its own, and no settings but those it is given."""
+
+    def __init__(self, name: str, env_file: Path, file: str, settings: dict[str, str]) -> None:
+        self.name = name
+        self._command = ["docker", "compose", "--env-file", str(env_file)]
+        self._command += ["-p", name, "-f", str(REPOSITORY / file)]
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME") or "DOCKER" in k}
+        self._environment = kept | {"MQTT_HOST_PORT": "0"} | settings
+
+    def command(self, *arguments: str, timeout: float = SECONDS) -> tuple[int, bytes, str]:
+        """Run `docker compose ARGUMENTS`; returns exit code, standard output and the end of
+        everything it said."""
+        done = subprocess.run(
+            [*self._command, *arguments],
+            env=self._environment,
+            capture_output=True,
+            timeout=timeout,
+        )
+        said = (done.stdout[-4000:] + done.stderr[-2000:]).decode(errors="replace")
+        return done.returncode, done.stdout, said
+
+    def ok(self, *arguments: str) -> bytes:
+        """Standard output of a command that has to succeed."""
+        code, output, said = self.command(*arguments)
+        assert code == 0, said
+        return output
+
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self._command, *arguments], env=self._environment, stdout=subprocess.PIPE, text=True
+        )
+
+    def result(self, name: str) -> Any:
+        """A JSON file of the newest run, fetched as a user fetches it."""
+        archive = self.ok("cp", f"central-server:/runs/latest/{name}", "-")
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            file = files.extractfile(name)
+            assert file is not None
+            return json.load(file)
+
+    def containers(self) -> dict[str, Any]:
+        """What `docker inspect` says of each container, by name."""
+        ids = self.ok("ps", "--all", "--quiet").decode().split()
+        found = json.loads(subprocess.check_output(["docker", "inspect", *ids]))
+        return {c["Name"].removeprefix(f"/{self.name}-"): c for c in found}
+
+
+Stack = Callable[..., Project]
+
+
+@contextmanager
+def projects(folder: Path) -> Iterator[Stack]:
+    """Makes compose projects; takes down, with their volumes, all that were made."""
+    env_file = folder / "empty.env"
+    env_file.touch()
+    name = f"fedfog-test-{uuid.uuid4().hex[:8]}"
+    made: list[Project] = []
+
+    def make(file: str = "compose.yaml", suffix: str = "", **settings: str) -> Project:
+        made.append(Project(name + suffix, env_file, file, settings))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        # The last one first: it hangs on the networks of the first.
+        for project in reversed(made):
+            project.ok("--profile", "*", "down", "--volumes", "--remove-orphans")
+
+
+@pytest.fixture
+def stack(images: None, tmp_path: Path) -> Iterator[Stack]:
+    with projects(tmp_path) as make:
+        yield make
+
+
+@pytest.mark.parametrize("clients", [3, 5])
+def test_scaled_clients_train_on_disjoint_slots_and_the_stack_ends_with_exit_code_0(
+    stack: Stack, clients: int
+) -> None:
+    project = stack(
+        EXIT_WHEN_FINISHED="true", CLIENTS_EXPECTED=str(clients), VALIDATION_FRACTION="0"
+    )
+    code, _, said = project.command(*RUN, "--scale", f"client={clients}")
+    assert code == 0, said
+    summary = project.result("summary.json")
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == 3
+    assert summary["clients"] == [clients] * 3
+    assert summary["test_accuracy"] > LEARNED
+    assert summary["test_auroc"] > LEARNED
+    for record in project.result("history.json")["rounds"]:
+        members = record["regions"]["region_0"]["members"]
+        assert len(members) == clients
+        assert sum(members.values()) == 500, "the slots do not add up to the training set"
+
+
+def test_failed_run_ends_the_stack_with_the_exit_code_of_the_server(stack: Stack) -> None:
+    project = stack(EXIT_WHEN_FINISHED="true", REGIONS_TIMEOUT="2")
+    code, _, said = project.command(*RUN, "central-server", "mosquitto")
+    assert code == 1, said
+    assert "MIN_AVAILABLE_CLIENTS" in said
+
+
+def test_second_region_is_a_second_compose_project(stack: Stack) -> None:
+    both = {"REGIONS": "region_0,region_1", "CLIENTS_EXPECTED": "2"}
+    both |= {"MIN_AVAILABLE_CLIENTS": "2", "MIN_FIT_CLIENTS": "2"}
+    first = stack(EXIT_WHEN_FINISHED="true", **both)
+    second = stack(
+        "compose.region.yaml", "-1", REGION="region_1", FEDFOG_PROJECT=first.name, **both
+    )
+    with first.popen(*RUN, "--scale", "client=2") as up:
+        assert up.stdout is not None
+        assert any("run_begins" in line for line in up.stdout), "the server did not start"
+        second.ok("up", "--detach", "--scale", "client=2")
+        said = up.stdout.read()
+    assert up.returncode == 0, said[-4000:]
+    summary = first.result("summary.json")
+    assert summary["regions"] == ["region_0", "region_1"]
+    assert summary["clients"] == [4, 4, 4]
+    assert summary["test_accuracy"] > LEARNED
+
+
+@pytest.fixture(scope="class")
+def standing(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A stack of two clients, up and healthy."""
+    with projects(tmp_path_factory.mktemp("standing")) as make:
+        project = make(ROUNDS="2", CLIENTS_EXPECTED="2")
+        project.ok("up", "--detach", "--wait", "--wait-timeout", "240", "--scale", "client=2")
+        yield project
+
+
+@pytest.fixture
+def peer(standing: Project) -> Iterator[Peer]:
+    """Connected to the port that the stack publishes on the host."""
+    address = standing.ok("port", "mosquitto", "1883").decode().strip()
+    assert address.startswith("127.0.0.1:"), "the broker is open to other hosts"
+    peer = Peer(int(address.rpartition(":")[2]), "fl/global_model")
+    yield peer
+    peer.close()
+
+
+class TestStandingStack:
+    """Without EXIT_WHEN_FINISHED the stack stands after the run, ready for the next."""
+
+    def test_every_container_is_healthy(self, standing: Project) -> None:
+        state = {n: c["State"]["Health"]["Status"] for n, c in standing.containers().items()}
+        assert len(state) == 6
+        assert set(state.values()) == {"healthy"}, state
+
+    def test_containers_run_without_rights(self, standing: Project) -> None:
+        for name, container in standing.containers().items():
+            assert container["Config"]["User"] in ("10001:10001", "1883:1883"), name
+            assert container["HostConfig"]["ReadonlyRootfs"], name
+            assert container["HostConfig"]["Privileged"] is False, name
+            service = name.rpartition("-")[0]
+            status = standing.ok("exec", service, "cat", "/proc/1/status").decode()
+            fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            assert int(fields["CapEff"], 16) == 0, name
+            assert fields["NoNewPrivs"] == "1", name
+            assert not fields["Uid"].startswith("0\t"), name
+
+    def test_clients_do_not_reach_the_superlink(self, standing: Project) -> None:
+        addresses = [
+            network["IPAddress"]
+            for network in standing.containers()["central-server-1"]["NetworkSettings"][
+                "Networks"
+            ].values()
+        ]
+        connect = "import socket, sys; socket.create_connection((sys.argv[1], 8080), 3)"
+        for address in addresses:
+            tries = {
+                service: standing.command("exec", service, "python", "-c", connect, address)[0]
+                for service in ("fog-bridge", "client")
+            }
+            assert tries == {"fog-bridge": 0, "client": 1}
+
+    def test_monitor_shows_the_global_model(self, standing: Project) -> None:
+        with standing.popen("run", "--rm", "--no-TTY", "monitor") as monitor:
+            assert monitor.stdout is not None
+            limit = threading.Timer(60, monitor.kill)
+            limit.start()
+            shown = any("fl/global_model" in line for line in monitor.stdout)
+            limit.cancel()
+            monitor.send_signal(signal.SIGINT)
+        assert shown
+
+    def test_restart_of_the_server_begins_the_next_run_with_the_clients_that_stand(
+        self, standing: Project, peer: Peer
+    ) -> None:
+        def finished(run_is: Callable[[str], bool]) -> ModelMeta:
+            def wanted(_topic: str, payload: bytes) -> bool:
+                model = decode_meta(payload, ModelMeta)
+                return model.state is RunState.FINISHED and run_is(model.run)
+
+            return decode_meta(peer.wait_for(wanted, timeout=120), ModelMeta)
+
+        before = finished(lambda _: True).run
+        standing.ok("restart", "central-server")
+        after = finished(lambda run: run != before)
+        assert after.round == 2
+        assert after.regions["region_0"].num_clients == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "absent"),
+    [
+        ("client", "flwr"),
+        ("fog-aggregator", "torch flwr"),
+        ("fog-bridge", "torch"),
+        ("monitor", "torch flwr"),
+        ("central-server", ""),
+    ],
+)
+def test_image_is_lean_and_has_no_root(images: None, image: str, absent: str) -> None:
+    look = (
+        "import importlib.util, json, os, shutil, sys; print(json.dumps(["
+        "[m for m in sys.argv[1:] if importlib.util.find_spec(m)], os.getuid(),"
+        "[c for c in ('gcc', 'cc') if shutil.which(c)], importlib.util.find_spec('pip')]))"
+    )
+    run = ["docker", "run", "--rm", "--network", "none", "--entrypoint", "python"]
+    output = subprocess.check_output(
+        [*run, f"fedfog-{image}:0.1.0", "-c", look, *absent.split()], timeout=60
+    )
+    assert json.loads(output) == [[], 10001, [], None]
+
+
+def test_images_with_pytorch_share_its_layer_and_have_the_cpu_build(images: None) -> None:
+    layers = {}
+    for image in ("client", "central-server"):
+        name = f"fedfog-{image}:0.1.0"
+        inspected = subprocess.check_output(["docker", "image", "inspect", name])
+        layers[image] = json.loads(inspected)[0]["RootFS"]["Layers"]
+        run = ["docker", "run", "--rm", "--entrypoint", "python", name]
+        cuda = subprocess.check_output([*run, "-c", "import torch; print(torch.version.cuda)"])
+        assert cuda.decode().strip() == "None"
+    # Base image, user, PyTorch.
+    assert layers["client"][:3] == layers["central-server"][:3]
