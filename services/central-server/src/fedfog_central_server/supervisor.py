@@ -205,8 +205,9 @@ class Supervisor:
         elif payload and is_name(region := topic.removeprefix(self._bridge_prefix)):
             bridge = decode_json(payload, Bridge)
             known = self._bridges.get(region)
+            later = known is None or bridge.boot > known.boot
             # The will of an earlier boot may come after the birth of its successor.
-            if known is None or bridge.boot == known.boot or bridge.online:
+            if (later and bridge.online) or (known and bridge.boot == known.boot):
                 self._bridges[region] = bridge
                 self._tell(link.BridgeHeard(region=region, bridge=bridge))
 
@@ -347,7 +348,6 @@ class Supervisor:
         history.add(checkpoint.record)
         if history.record(checkpoint.round).evaluation is None:
             self._learning.evaluate(checkpoint)
-            self._save_history()
         elif meta.state is RunState.FINISHED:
             self._end(Status.COMPLETED)
 
