@@ -55,14 +55,18 @@ def run(filters: Sequence[str]) -> int:
     live = Live(
         console=console, auto_refresh=False, get_renderable=regions.table, vertical_overflow="crop"
     )
-    with live if console.is_terminal else nullcontext():
-        logs.configure("monitor", settings.log_level, settings.log_format)  # to Live's stdout
+    terminal = console.is_terminal
+    form = "console" if terminal and settings.log_format == "auto" else settings.log_format
+    with live if terminal else nullcontext():
+        logs.configure("monitor", settings.log_level, form)  # to stdout as Live has it
         session.start()
         try:
             while not isinstance(event := session.next(BEAT_SECONDS), service.StopRequested):
                 heartbeat.beat("ready" if session.connected else "no MQTT broker")
                 if isinstance(event, mqtt.Received):
                     _show(console, regions, topics, event)
+                    if terminal:
+                        live.refresh()
                 elif isinstance(event, mqtt.Disconnected):
                     console.print(f"no connection to the broker: {event.reason}", markup=False)
         except mqtt.TransportError as error:
