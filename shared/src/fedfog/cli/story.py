@@ -1,11 +1,11 @@
 """The demo's progress: lines that tell what happened, on a terminal with a live table below."""
 
-import json
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from fedfog.cli.federation import Options
 
 REFRESH_SECONDS = 0.2
+
+
+class _History(BaseModel):
+    """What is read of a run's `history.json`."""
+
+    initial: schemas.Evaluation | None
+    rounds: list[schemas.RoundRecord]
 
 
 class Story:
@@ -134,38 +141,37 @@ class Story:
 
     def summarize(self, folder: Path) -> None:
         """Print what the run's folder and the clock say of all rounds."""
-        history = json.loads((folder / "history.json").read_bytes())
-        initial = history.get("initial")
-        records = [schemas.RoundRecord.model_validate(fields) for fields in history["rounds"]]
+        history = _History.model_validate_json((folder / "history.json").read_bytes())
         table = Table(
-            "round",
-            *("clients", "examples", "train loss", "accuracy", "AUROC", "macro-F1", "seconds"),
+            *("round", "clients", "examples", "train loss"),
+            *("accuracy", "AUROC", "macro-F1", "seconds"),
             box=box.SIMPLE,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for column in table.columns:
             column.justify = "right"
-        for record in records:
+        for record in history.rounds:
             e = record.evaluation
-            seconds = self._seconds(record.round)
             cells = [record.train_loss, e and e.accuracy, e and e.auroc, e and e.macro_f1]
+            seconds = self._seconds(record.round)
             table.add_row(
                 str(record.round),
                 str(record.num_clients),
-                str(record.num_examples),
+                f"{record.num_examples:,}",
                 *("-" if value is None else f"{value:.4f}" for value in cells),
                 "-" if seconds is None else f"{seconds:.2f}",
             )
         self._console.print(table)
-        final = records[-1].evaluation if records else None
-        total = f"{len(records)} rounds in {time.monotonic() - self._began:.1f} s from the start"
-        if initial and final:
-            first = schemas.Evaluation.model_validate(initial)
-            total += f"; accuracy {_change(first.accuracy, final.accuracy)}"
-            if first.loss is not None and final.loss is not None:
-                total += f", loss {_change(first.loss, final.loss)}"
-        self._console.print(total, soft_wrap=True)
+        line = f"{len(history.rounds)} rounds in {time.monotonic() - self._began:.1f} s"
+        first, last = history.initial, history.rounds[-1].evaluation if history.rounds else None
+        if first and last:
+            line += f"; accuracy {_change(first.accuracy, last.accuracy)}"
+            if first.loss is not None and last.loss is not None:
+                line += f", loss {_change(first.loss, last.loss)}"
+        self._console.print(line, soft_wrap=True)
         self._console.print(
-            f"Results: {folder}/ (README.md is the model card; logs/ has every tier's log)",
+            f"Results: {folder}/ (README.md is the model's card, logs/ has what each tier did)",
             soft_wrap=True,
         )
 
