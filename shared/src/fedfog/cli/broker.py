@@ -82,7 +82,8 @@ class LocalBroker:
         self.host, self.port = "127.0.0.1", free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self._log = folder / "broker.log"
-        self._config = folder / "broker.conf"
+        # The embedded broker tells the format of its configuration by the ending.
+        self._config = folder / ("broker.conf" if self.kind == "mosquitto" else "broker.toml")
         folder.mkdir(parents=True, exist_ok=True)
         template = _MOSQUITTO if self.kind == "mosquitto" else _EMBEDDED
         self._config.write_text(
