@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fedfog.service import EXIT_FAILED, EXIT_OK, die_with
+from fedfog.service import EXIT_FAILED, EXIT_OK, die_with, exit_now
 
 _MODULE = "fedfog_client.main"
 _SHARED = ("torch", "fedfog.ml.task", "fedfog.ml.training", "fedfog.ml.evaluation", _MODULE)
@@ -94,14 +94,9 @@ def _become(client: Client, parent: int) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(client.env)
-    try:
-        importlib.import_module(_MODULE).main()
-    except SystemExit as end:
-        # Not through the interpreter's own end: it would copy all the memory that is shared.
-        sys.stdout.flush()
-        os._exit(int(end.code or EXIT_OK))
-    raise AssertionError(f"{_MODULE} ends with sys.exit")
+    importlib.import_module(_MODULE).main()
+    sys.exit(EXIT_OK)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    exit_now(main(Path(sys.argv[1])))
