@@ -20,7 +20,10 @@ Kind = Literal["mosquitto", "embedded"]
 START_SECONDS = 15.0
 MAX_PACKET_BYTES = 20_000_000
 
+# Started by root, Mosquitto would change to another user, and the kernel would forget that it is
+# to die with its parent (prctl(2)).
 _MOSQUITTO = """\
+user root
 listener {port} 127.0.0.1
 allow_anonymous true
 max_inflight_messages 200

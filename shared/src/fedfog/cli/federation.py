@@ -1,6 +1,6 @@
 """The processes of a demo: every tier of a federation on loopback, started and ended together.
 
-Standard library only: the tiers are on their way before anything else is imported.
+It needs few imports: the tiers are on their way before the rest of the demo is loaded.
 """
 
 import signal
@@ -9,8 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from fedfog.cli import clients
 from fedfog.cli.broker import Kind, LocalBroker, free_port
@@ -132,7 +135,8 @@ class Federation:
             threading.Thread(target=wait, args=(tier,), name=tier.name, daemon=True).start()
 
     def stop(self) -> None:
-        """End all tiers, the broker last; after `STOP_SECONDS` they are killed."""
+        """End all tiers, the broker last, and then whatever they have left behind."""
+        family = psutil.Process().children(recursive=True)
         for group in (
             [tier for tier in self._tiers if tier.name != BROKER],
             [tier for tier in self._tiers if tier.name == BROKER],
@@ -147,6 +151,11 @@ class Federation:
                     sys.stderr.write(f"{tier.name} does not end by itself and is killed.\n")
                     tier.process.kill()
                     tier.process.wait()
+        # A ServerApp that was just being started does not hear of it before it is up.
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, STOP_SECONDS)
 
     def _start(self, name: str, module: str, env: dict[str, str], *arguments: str) -> None:
         log = self.logs / f"{name}.log"
