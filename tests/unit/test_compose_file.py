@@ -32,3 +32,8 @@ def test_every_setting_of_a_service_can_be_set_from_outside(
     if service == "client":
         known.remove("EXIT_WHEN_FINISHED")
     assert set(COMPOSE[service]["environment"]) == known
+
+
+def test_images_that_are_not_built_here_are_pulled_where_they_are_missing() -> None:
+    for name, service in COMPOSE.items():
+        assert service["pull_policy"] == ("never" if "build" in service else "missing"), name
