@@ -5,6 +5,7 @@ the demo and tests; a deployment uses Mosquitto (see `mosquitto/mosquitto.conf`)
 """
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ Kind = Literal["mosquitto", "embedded"]
 
 START_SECONDS = 15.0
 MAX_PACKET_BYTES = 20_000_000
+PORTS = (20_000, 32_000)
 
 # Started by root, Mosquitto would change to another user, and the kernel would forget that it is
 # to die with its parent (prctl(2)).
@@ -66,10 +68,18 @@ def installed_mosquitto() -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nobody listens on.
+
+    Below the ports that systems give to outgoing connections: a peer that keeps trying to reach
+    one of those before its server listens can be given the very same port, and is then connected
+    to itself.
+    """
+    for _ in range(100):
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise ServiceError(f"no free port among {PORTS[0]} to {PORTS[1]} on loopback")
 
 
 class LocalBroker:
