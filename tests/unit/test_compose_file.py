@@ -37,8 +37,3 @@ def test_every_setting_of_a_service_can_be_set_from_outside(
 def test_images_that_are_not_built_here_are_pulled_where_they_are_missing() -> None:
     for name, service in COMPOSE.items():
         assert service["pull_policy"] == ("never" if "build" in service else "missing"), name
-
-
-def test_only_images_that_are_built_here_are_never_pulled() -> None:
-    never = {name for name, service in COMPOSE.items() if service["pull_policy"] == "never"}
-    assert never == {name for name, service in COMPOSE.items() if "build" in service}
