@@ -133,8 +133,11 @@ def test_demo_ends_by_itself_with_all_rounds_clients_and_metrics(demo: Callable[
 
 @pytest.mark.parametrize(
     ("arguments", "environment"),
-    [(["--broker", "embedded"], {}), ([], {"PATH": "/nowhere"})],
-    ids=["chosen", "Mosquitto is not installed"],
+    [
+        (["--broker", "embedded"], {"http_proxy": "http://127.0.0.1:9"}),
+        ([], {"PATH": "/nowhere"}),
+    ],
+    ids=["chosen, behind a proxy", "Mosquitto is not installed"],
 )
 def test_demo_runs_on_the_embedded_broker(
     demo: Callable[..., Demo], arguments: list[str], environment: dict[str, str]

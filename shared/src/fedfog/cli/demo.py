@@ -46,6 +46,9 @@ class DemoError(Exception):
 
 def run(options: Options) -> int:
     """Run a federation from start to end; returns the exit code."""
+    if sys.platform == "win32":
+        sys.stderr.write("fedfog demo needs Linux, macOS or WSL: use Docker Compose (README.md).\n")
+        return EXIT_FAILED
     began = time.monotonic()
     for number in _SIGNALS:
         signal.signal(number, _interrupt)

@@ -3,6 +3,7 @@
 It needs few imports: the tiers are on their way before the rest of the demo is loaded.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -178,6 +179,8 @@ class Federation:
         """Environment of a tier, on top of the user's."""
         home = self._private / name
         home.mkdir()
+        direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+        direct = ",".join(filter(None, [direct, self.broker.host, "localhost"]))
         env = {
             "MQTT_BROKER": self.broker.host,
             "MQTT_PORT": self.broker.port,
@@ -191,5 +194,7 @@ class Federation:
             "LOG_FORMAT": "json",
             "OMP_NUM_THREADS": 1,  # the tiers share the cores
             "TMPDIR": self._private,
+            "no_proxy": direct,  # Flower's requests would go to the user's proxy
+            "NO_PROXY": direct,
         } | settings
         return {key: str(value) for key, value in env.items()}

@@ -66,10 +66,11 @@ class Regions:
         table = Table("region", "phase", "round", "clients", "updates", "waits for", box=box.SIMPLE)
         for name, region in sorted(self.by_name.items()):
             of = f" of {self._clients}" if self._clients else ""
+            over = region.phase == Phase.FINISHED
             table.add_row(
                 name if region.bridge else f"{name} (no bridge)",
                 region.phase,
-                "" if region.round is None else str(region.round),
+                "" if region.round is None or over else str(region.round),
                 f"{len(region.online)}{of} online",
                 f"{region.received} of {region.expected}" if region.expected else "",
                 ", ".join(region.waiting_for[:3]) + (" ..." if len(region.waiting_for) > 3 else ""),

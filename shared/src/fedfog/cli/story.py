@@ -81,19 +81,20 @@ class Story:
     def see(self, message: Message, now: float) -> None:
         """Learn from a message that came at `now`, and tell what is new in it."""
         region = message.region and self._regions.by_name.get(message.region)
-        before = (region.phase, len(region.online)) if region else None
+        before = len(region.online) if region else 0
         self._regions.see(message)
         match message.meta:
             case schemas.ModelMeta() as model:
                 self._model(model, now)
             case schemas.RoundRecord() as record:
                 self._record(record)
-            case schemas.Presence() if region and before:
-                everybody = len(region.online) == self._options.clients
-                if everybody and before[1] < len(region.online):
-                    self.say(f"{message.region}: all {len(region.online)} clients are online")
+            case schemas.Presence() if region:
+                online, of = len(region.online), self._options.clients
+                if before < online == of:
+                    self.say(f"{message.region}: {online} of {of} clients online")
             case schemas.RegionReceipt(round=round_, members=members):
-                self.say(f"{message.region}: round {round_} closed, {len(members)} updates")
+                updates = f"{len(members)} update" + "s" * (len(members) != 1)
+                self.say(f"{message.region}: round {round_} closed with {updates}")
 
     def state(self) -> str:
         """Where the run is and whom each region waits for."""
