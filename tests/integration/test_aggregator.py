@@ -35,14 +35,14 @@ class Region:
         self.peer.publish("fl/global_model", model(BASE, round - 1, **fields), retain=True)
         self.wait_phase("open", round, after)
 
-    def wait_phase(self, phase: str, round: int, after: int = 0) -> None:
+    def wait_phase(self, phase: str, round: int, after: int = 0, timeout: float = 20.0) -> None:
         def seen(topic: str, payload: bytes) -> bool:
             if topic != "fl/status/region_0":
                 return False
             status = json.loads(payload)
             return (status.get("phase"), status.get("round")) == (phase, round)
 
-        self.peer.wait_for(seen, after=after)
+        self.peer.wait_for(seen, timeout, after)
 
     def send(self, client: str, value: float, **fields: Any) -> None:
         payload = update(BASE, constant(value), client, **fields)
@@ -179,6 +179,21 @@ def test_round_closes_with_k_updates(start: Callable[..., Region]) -> None:
     after = len(region.peer.received)
     region.send("b", 5)
     region.receipt("b", "late", after)
+
+
+def test_cohort_forms_when_the_quorum_is_there_and_nobody_has_to_share_a_slot(
+    start: Callable[..., Region],
+) -> None:
+    region = start(k=2, cohort_settle=0.5)
+    region.present("a")
+    region.peer.publish("fl/global_model", model(BASE), retain=True)
+    region.wait_phase("forming", 1)
+    with pytest.raises(AssertionError):  # one client alone does not settle
+        region.wait_phase("open", 1, timeout=1.5)
+    region.present("b")
+    region.wait_phase("open", 1)
+    slots = {c: json.loads(region.peer.on(f"fl/slots/region_0/{c}"))["slot"] for c in "ab"}
+    assert sorted(slots.values()) == [0, 1]
 
 
 def test_round_closes_at_the_deadline_without_a_silent_client(

@@ -130,7 +130,9 @@ class AggregatorSettings(RegionSettings, _WithRegions):
         0, ge=0, description="clients to wait for before round 1; 0: see COHORT_SETTLE"
     )
     cohort_settle: Seconds = Field(
-        3.0, description="seconds without a newcomer after which the first cohort is complete"
+        3.0,
+        description="seconds without a newcomer after which the first cohort is complete; if K is "
+        "a number, K clients have to be there",
     )
     cohort_limit: Seconds = Field(
         60.0, description="seconds after which round 1 opens with whoever is there"

@@ -339,8 +339,11 @@ class RegionRounds:
 
     @property
     def _settles(self) -> bool:
-        """An expected number of clients is waited for; otherwise whoever comes in time is in."""
-        return self.slots is not None or self.policy.expected == 0
+        """An expected number of clients is waited for; otherwise whoever comes in time is in, but
+        a quorum that is a number has to be there."""
+        return self.slots is not None or (
+            self.policy.expected == 0 and len(self.present) >= (self.policy.quorum or 0)
+        )
 
     def _form(self, now: float) -> list[Action]:
         """Open the round if its cohort is complete."""
