@@ -1,5 +1,9 @@
 """Health of a service as a file that its worker keeps fresh. Standard library only, because
-`python -m fedfog.health` runs in every container every few seconds."""
+`python -m fedfog.health` runs in every container every few seconds.
+
+*Live*: the worker's loop runs; if not, only a restart helps. *Ready*: it also has all that it needs
+from others (broker, SuperLink); if not, it is waiting, and a restart would change nothing.
+"""
 
 import os
 import sys
@@ -31,8 +35,11 @@ class Heartbeat:
             self._last = (state, now)
 
 
-def main() -> int:
-    """Exit code 0 if the service is alive and ready, 1 with the reason otherwise."""
+def main(question: str = "ready") -> int:
+    """Exit code 0 if the service is `live` or `ready`, 1 with the reason otherwise."""
+    if question not in ("live", "ready"):
+        sys.stderr.write("usage: python -m fedfog.health [live|ready]\n")
+        return 2
     path = health_file()
     try:
         age = time.time() - path.stat().st_mtime
@@ -44,8 +51,8 @@ def main() -> int:
         sys.stderr.write(f"no sign of life for {age:.0f} s\n")
         return 1
     sys.stdout.write(f"{state}\n")
-    return 0 if state == "ready" else 1
+    return 0 if state == "ready" or question == "live" else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))

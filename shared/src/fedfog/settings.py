@@ -141,6 +141,11 @@ class AggregatorSettings(RegionSettings, _WithRegions):
         1_000_000, ge=1, description="largest num_examples that an update may claim"
     )
     keep_rounds: int = Field(2, ge=1, description="closed rounds whose partial is kept")
+    store_timeout: Seconds = Field(
+        600.0,
+        description="seconds for which a partial that cannot be stored is tried again, before the "
+        "aggregator gives up",
+    )
 
     @property
     def share(self) -> tuple[int, int]:

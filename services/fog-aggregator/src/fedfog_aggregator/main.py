@@ -70,6 +70,7 @@ class Aggregator:
                 settle=settings.cohort_settle,
                 limit=settings.cohort_limit,
                 max_examples=settings.max_examples,
+                store_limit=settings.store_timeout,
             ),
             self._boot,
         )
@@ -253,9 +254,11 @@ class Aggregator:
                     actions.extend(self._rounds.handle(self._commit(commit), now))
                 case rounds.Log(level, name, fields):
                     getattr(log, level)(name, **fields)
-                case rounds.Exit(reason):
-                    log.error("aggregator_replaced", reason=reason)
-                    self._exit = service.EXIT_SUCCEEDED_BY_ANOTHER
+                case rounds.Exit(reason, another_owner):
+                    log.error("aggregator_gives_up", reason=reason)
+                    self._exit = (
+                        service.EXIT_SUCCEEDED_BY_ANOTHER if another_owner else service.EXIT_FAILED
+                    )
 
     def _store_cohort(
         self, run: str, round_: int, cohort: frozenset[str], slots: SlotTable

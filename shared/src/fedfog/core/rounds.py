@@ -41,6 +41,7 @@ class Policy:
     settle: float = 3.0
     limit: float = 60.0
     max_examples: int = 1_000_000
+    store_limit: float = 600.0  # of tries to store a partial
 
 
 # Events
@@ -213,6 +214,7 @@ class Log:
 @dataclass(frozen=True)
 class Exit:
     reason: str
+    another_owner: bool
 
 
 Action = (
@@ -259,6 +261,7 @@ class RegionRounds:
         self._opened = 0.0
         self._retry_at = 0.0
         self._retry_after = RETRY_SECONDS[0]
+        self._retry_until: float | None = None
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Apply one event at time `now` (seconds, monotonic) and say what is to be done.
@@ -367,7 +370,7 @@ class RegionRounds:
         self.cohort, self.members, self._departed = cohort, {}, set()
         self._total, self._metrics = WeightedSum(self._num_parameters), {}
         self._opened, self.deadline = now, now + self.policy.deadline
-        self._retry_after = RETRY_SECONDS[0]
+        self._retry_after, self._retry_until = RETRY_SECONDS[0], None
         dealt: list[Action] = []
         if self.slots is None:
             needy = [c for c, p in self.present.items() if not p.own_data]
@@ -482,7 +485,7 @@ class RegionRounds:
     def _own_status(self, event: OwnStatusSeen, _now: float) -> list[Action]:
         if event.boot > self.boot:
             self.phase = Phase.STOPPED
-            return [Exit(f"another aggregator (boot {event.boot}) has taken the region over")]
+            return [Exit(f"another aggregator (boot {event.boot}) has taken the region over", True)]
         if event.boot < self.boot or not event.online:  # a stale will or an old message
             return [PublishStatus()]
         return []
@@ -551,7 +554,13 @@ class RegionRounds:
     def _commit_failed(self, event: CommitFailed, now: float) -> list[Action]:
         if event.another_owner:
             self.phase = Phase.STOPPED
-            return [Exit(event.reason)]
+            return [Exit(event.reason, another_owner=True)]
+        if self._retry_until is None:
+            self._retry_until = now + self.policy.store_limit
+        if now >= self._retry_until:  # nothing was accepted: all owners send to the next boot
+            self.phase = Phase.STOPPED
+            limit = f"{self.policy.store_limit:.0f} s (STORE_TIMEOUT)"
+            return [Exit(f"the partial cannot be stored for {limit}: {event.reason}", False)]
         self.phase = Phase.DEGRADED
         self._retry_at = now + self._retry_after
         fields = {"error": event.reason, "retry_seconds": self._retry_after}
@@ -559,7 +568,6 @@ class RegionRounds:
         return [Log("error", "partial_not_stored", fields), PublishStatus()]
 
     def _tick_degraded(self, _event: Tick, now: float) -> list[Action]:
-        # Without a bound of its own: the server's ROUND_TIMEOUT ends the round or the run.
         return self._close(now) if now >= self._retry_at else []
 
     # Anything

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 KEEPALIVE_SECONDS = 15
 RECEIVE_MAXIMUM = 100
-RECONNECT_MAX_SECONDS = 5
+RECONNECT_SECONDS = (0.1, 0.3), (4.0, 6.0)
 CONTESTED_DROPS, CONTESTED_SECONDS = 10, 10.0
 
 
@@ -96,8 +96,9 @@ class Session:
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
         )
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
-        # Doubled at each attempt by paho: a random start keeps a fleet from coming back at once.
-        client.reconnect_delay_set(random.uniform(0.1, 0.3), RECONNECT_MAX_SECONDS)  # type: ignore[arg-type]
+        # Doubled at each attempt by paho: random ends keep a fleet from coming back at once.
+        first, longest = (random.uniform(*seconds) for seconds in RECONNECT_SECONDS)
+        client.reconnect_delay_set(first, longest)  # type: ignore[arg-type]
         if will:
             client.will_set(*will, qos=1, retain=True)
         client.on_connect = self._on_connect

@@ -1,0 +1,50 @@
+"""Rules of a region's rounds that need no network to be seen."""
+
+import numpy as np
+
+from fedfog.core import rounds
+from fedfog.core.phases import Phase
+
+
+def closing(policy: rounds.Policy) -> rounds.RegionRounds:
+    """A region that has just asked for its partial to be stored, at second 0."""
+    region = rounds.RegionRounds("r", policy, boot=1)
+    region.handle(rounds.PresenceSeen("a", True, 1), 0.0)
+    region.handle(rounds.ModelArrived("run", 1, 1, "m", 3), 0.0)
+    update = rounds.UpdateArrived("run", 1, "a", "m", 10, np.ones(3, np.float32), {})
+    actions = region.handle(update, 0.0)
+    assert isinstance(actions[-1], rounds.Commit)
+    return region
+
+
+def test_partial_that_cannot_be_stored_is_tried_again_until_store_timeout() -> None:
+    region = closing(rounds.Policy(expected=1, store_limit=100.0))
+    now, retries = 0.0, []
+    while region.phase is not Phase.STOPPED:
+        actions = region.handle(rounds.CommitFailed("disk full"), now)
+        if region.phase is Phase.DEGRADED:
+            due = region.wake_at()
+            assert due is not None
+            retries.append(due - now)
+            now = due
+            [commit] = region.handle(rounds.Tick(), now)
+            assert isinstance(commit, rounds.Commit)
+    assert 100.0 <= now <= 100.0 + rounds.RETRY_SECONDS[1]
+    assert retries == sorted(retries), "the tries do not become rarer"
+    [end] = actions
+    assert isinstance(end, rounds.Exit)
+    assert not end.another_owner
+    assert "STORE_TIMEOUT" in end.reason
+    assert "disk full" in end.reason
+
+
+def test_nothing_is_accepted_while_the_partial_is_not_stored() -> None:
+    region = closing(rounds.Policy(expected=1))
+    region.handle(rounds.CommitFailed("disk full"), 0.0)
+    again = rounds.UpdateArrived("run", 1, "a", "m", 10, np.ones(3, np.float32), {})
+    assert region.handle(again, 0.5) == []
+    [commit] = region.handle(rounds.Tick(), 1.0)
+    assert isinstance(commit, rounds.Commit)
+    assert commit.members == {"a": 10}
+    said = region.handle(rounds.Committed(), 1.0)
+    assert rounds.AnswerMembers("run", 1, ("a",)) in said
