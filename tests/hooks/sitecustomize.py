@@ -10,7 +10,7 @@ try:
     for _name in filter(None, os.environ.get("TEST_PATCHES", "").split(",")):
         _module, _, _function = _name.partition(":")
         getattr(importlib.import_module(_module), _function)()
-except Exception:
+except Exception:  # noqa: BLE001
     # `site` would print the error and go on without the patch.
     traceback.print_exc()
     os._exit(99)
