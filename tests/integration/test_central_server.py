@@ -28,10 +28,11 @@ def test_a_run_publishes_every_model_and_leaves_all_results(
     services: Callable[..., Service], any_broker: LocalBroker, tmp_path: Path
 ) -> None:
     centre = Centre(services, any_broker, tmp_path)
-    region, watcher = Region(any_broker.port), Peer(any_broker.port, "fl/history")
+    region, watcher = Region(any_broker.port, allowed=2), Peer(any_broker.port, "fl/history")
     centre.bridge()
     server = centre.start()
-    region.model(1)
+    watcher.on("fl/history", LIMIT)
+    region.allow(3)
     children = descendants(server)
     assert server.wait(LIMIT) == 0
     assert_gone(children, within=0.5)

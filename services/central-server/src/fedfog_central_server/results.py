@@ -6,8 +6,10 @@ from pathlib import Path
 from fedfog.files import write_atomically
 from fedfog.messages.codec import encode
 from fedfog.messages.schemas import Evaluation, ModelMeta
+from fedfog.runs import Status, Summary
 from fedfog_central_server.checkpoints import Checkpoint
-from fedfog_central_server.runs import Run, Status, Summary
+from fedfog_central_server.history import HistoryFile
+from fedfog_central_server.runs import Run
 
 _CARD = """\
 # Model of run {run}
@@ -74,16 +76,15 @@ _OWN_DATA = (
 
 def summarize(run: Run, status: Status, error: str = "") -> Summary:
     """The summary of what the history has."""
-    settings, rounds = run.info.settings, run.history.rounds
-    last = rounds[-1].evaluation if rounds else run.history.initial
-    initial = run.history.initial
+    settings, history = run.info.settings, run.history
+    initial, last = history.initial, _newest(history)
     return Summary(
         run=run.info.run,
         status=status,
         error=error,
-        rounds=rounds[-1].round if rounds else 0,
-        regions=sorted({region for record in rounds for region in record.regions}),
-        clients=[record.num_clients for record in rounds],
+        rounds=history.rounds,
+        regions=sorted(history.regions),
+        clients=[history.clients[number] for number in sorted(history.clients)],
         test_accuracy=last and last.accuracy,
         test_auroc=last and last.auroc,
         test_macro_f1=last and last.macro_f1,
@@ -96,6 +97,12 @@ def summarize(run: Run, status: Status, error: str = "") -> Summary:
         seed=settings["seed"],
         versions=run.info.versions,
     )
+
+
+def _newest(history: HistoryFile) -> Evaluation | None:
+    """That of the newest model, if it was evaluated."""
+    found = history.evaluations[-1:]
+    return found[0] if found and found[0].round == history.rounds else None
 
 
 def save_summary(run: Run, summary: Summary) -> None:
@@ -111,8 +118,7 @@ def save_model(path: Path, meta: ModelMeta, checkpoint: Checkpoint) -> None:
 
 def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: str) -> None:
     """`README.md`, the model card. Raises OSError."""
-    rounds = run.history.rounds
-    final = rounds[-1].evaluation if rounds else run.history.initial
+    final = _newest(run.history)
     data, limits = _DATA.get(summary.task.partition("-")[0], _OWN_DATA)
     fields = run.info.settings | summary.model_dump() | _cells("initial", run.history.initial)
     fields |= _cells("test", final)

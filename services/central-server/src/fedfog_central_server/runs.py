@@ -5,19 +5,20 @@ import platform
 import secrets
 import time
 from datetime import datetime
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedfog.files import write_atomically
-from fedfog.messages.schemas import Evaluation, RegionShare, RoundRecord, RunId
+from fedfog.messages.schemas import RegionShare, RoundRecord
+from fedfog.runs import RunInfo, Status, Summary
 from fedfog.service import ServiceError
 from fedfog.settings import CentralSettings
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from fedfog_central_server.history import HistoryFile
 
 log = structlog.get_logger()
 
@@ -36,95 +37,13 @@ DEFINING = (
 _PACKAGES = ("fedfog", "flwr", "torch", "numpy", "scikit-learn")
 
 
-class RunInfo(BaseModel):
-    """`settings.json`: what the run was begun with."""
-
-    run: RunId
-    run_started: int
-    rewinds: int = Field(0, description="how often a damaged checkpoint was gone back behind")
-    versions: dict[str, str]
-    settings: dict[str, Any]
-
-
-class History(BaseModel):
-    """`history.json`: what went into each model and how good it is."""
-
-    run: RunId
-    seconds: float = 0.0
-    initial: Evaluation | None = None
-    rounds: list[RoundRecord] = []
-
-    def record(self, round_: int) -> RoundRecord:
-        """What is known of a round; of round 0 only its evaluation.
-
-        Raises:
-            StopIteration: nothing is known.
-        """
-        if round_ == 0:
-            return RoundRecord(
-                run=self.run,
-                round=0,
-                regions={},
-                num_clients=0,
-                num_examples=0,
-                evaluation=self.initial,
-            )
-        return next(record for record in self.rounds if record.round == round_)
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        """All that are known, oldest first."""
-        known = [self.initial, *(record.evaluation for record in self.rounds)]
-        return [evaluation for evaluation in known if evaluation]
-
-    def add(self, record: RoundRecord) -> None:
-        """Add a record, unless one of its round is there, which may know more."""
-        if record.round > 0 and all(r.round != record.round for r in self.rounds):
-            self.rounds = sorted([*self.rounds, record], key=lambda r: r.round)
-
-    def replace(self, record: RoundRecord) -> None:
-        """Replace the record of the same round."""
-        if record.round == 0:
-            self.initial = record.evaluation
-        else:
-            self.rounds = [record if r.round == record.round else r for r in self.rounds]
-
-
-class Status(StrEnum):
-    COMPLETED = "completed"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-class Summary(BaseModel):
-    """`summary.json`: how the run ended. A run that is not completed can be taken up again."""
-
-    run: RunId
-    status: Status
-    error: str = ""
-    rounds: int = Field(description="that were completed")
-    regions: list[str]
-    clients: list[int] = Field(description="per round")
-    test_accuracy: float | None
-    test_auroc: float | None
-    test_macro_f1: float | None
-    test_loss: float | None
-    initial_accuracy: float | None = Field(description="of model 0")
-    initial_loss: float | None
-    seconds: float = Field(description="of work on the run, pauses of the server left out")
-    task: str
-    strategy: str
-    seed: int
-    versions: dict[str, str]
-
-
 class Run:
     """A run's folder, opened by this process."""
 
     def __init__(self, folder: Path, info: RunInfo, keep: int) -> None:
         self.folder, self.info = folder, info
         self.checkpoints = Checkpoints(folder / "checkpoints", keep)
-        self.history = History(run=info.run)
+        self.history = HistoryFile(info.run, folder / "history.json")
         self._since, self._before = time.monotonic(), 0.0
 
     @property
@@ -144,12 +63,6 @@ class Run:
         data = self.info.model_dump_json(indent=1).encode()
         write_atomically(self.folder / "settings.json", data)
 
-    def save_history(self) -> None:
-        """Raises OSError."""
-        self.history.seconds = round(self.seconds, 3)
-        data = self.history.model_dump_json(indent=1).encode()
-        write_atomically(self.folder / "history.json", data)
-
     def recover(self) -> Checkpoint | None:
         """The newest good checkpoint; the history is brought to the same round.
 
@@ -167,13 +80,8 @@ class Run:
             self.info.run_started = max(int(time.time()), self.info.run_started + 1)
             self.save_info()
             log.warning("run_goes_back", from_round=last, to_round=checkpoint.round, now=self.id)
-        self.history = _read(History, self.folder / "history.json") or self.history
+        self.history.load(checkpoint.round if checkpoint else -1, self.checkpoints.records())
         self._before = self.history.seconds
-        newest = checkpoint.round if checkpoint else -1
-        self.history.rounds = [r for r in self.history.rounds if r.round <= newest]
-        for record in self.checkpoints.records():
-            if record.round <= newest:
-                self.history.add(record)
         return checkpoint
 
 

@@ -31,15 +31,17 @@ from fedfog.messages.schemas import (
     Bridge,
     Evaluation,
     ModelMeta,
+    RoundRecord,
     RunState,
 )
 from fedfog.messages.topics import is_name
+from fedfog.runs import Status
 from fedfog.settings import CentralSettings
 from fedfog.transport import mqtt
 from fedfog_central_server import link, results
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError
 from fedfog_central_server.learning import Evaluated, InitialModel, Learning, LearningFailed
-from fedfog_central_server.runs import Status, open_run, shares
+from fedfog_central_server.runs import open_run, shares
 from fedfog_central_server.tier import (
     FlowerTier,
     HungUp,
@@ -317,7 +319,7 @@ class Supervisor:
     # Models
 
     def _model_0(self, table: TensorTable, vector: Vector) -> None:
-        record = self._run.history.record(0)
+        record = RoundRecord(run=self._run.id, round=0, regions={}, num_clients=0, num_examples=0)
         checkpoint = Checkpoint(record, table, vector)
         try:
             self._run.checkpoints.save(checkpoint)
@@ -346,7 +348,7 @@ class Supervisor:
             self._tell(link.Start())
         history = self._run.history
         history.add(checkpoint.record)
-        if history.record(checkpoint.round).evaluation is None:
+        if history.lacks_evaluation(checkpoint.round):
             self._learning.evaluate(checkpoint)
         elif meta.state is RunState.FINISHED:
             self._end(Status.COMPLETED)
@@ -376,11 +378,13 @@ class Supervisor:
 
     def _evaluated(self, event: Evaluated) -> None:
         round_, evaluation = event.checkpoint.round, event.evaluation
-        record = self._run.history.record(round_)
-        seconds = {**record.seconds, "evaluate": round(event.seconds, 4)}
-        record = record.model_copy(update={"evaluation": evaluation, "seconds": seconds})
-        self._run.history.replace(record)
-        self._save_history()
+        record = self._run.history.evaluated(round_, evaluation, event.seconds)
+        if record is None:
+            return
+        try:
+            self._run.history.save(self._run.seconds)
+        except OSError as error:  # not fatal: what could not be written is kept for the next time
+            self._history_not_written(error)
         if round_ > 0:
             self.session.publish(self._topics.history, record.to_json())
         if evaluation is not None:
@@ -400,13 +404,9 @@ class Supervisor:
 
     # Results
 
-    def _save_history(self) -> None:
-        """Not fatal: it is written again after every round, and the checkpoints hold the newest
-        records, too."""
-        try:
-            self._run.save_history()
-        except OSError as error:
-            log.error("history_not_written", folder=str(self._run.folder), error=str(error))
+    def _history_not_written(self, error: OSError) -> None:
+        path = self._run.folder / "history.json"
+        log.error("history_not_written", path=str(path), error=error.strerror)
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         try:
@@ -423,7 +423,10 @@ class Supervisor:
             self._hang_up()
         if status is Status.STOPPED or self._settings.exit_when_finished:
             self._tier.terminate()  # it ends while the results are written
-        self._save_history()
+        try:
+            self._run.history.close(self._run.seconds)
+        except OSError as problem:
+            self._history_not_written(problem)
         summary = results.summarize(self._run, status, error)
         try:
             if self._checkpoint is not None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,18 +15,12 @@ from rich.text import Text
 from fedfog.cli.regions import Regions
 from fedfog.messages import schemas
 from fedfog.messages.catalog import Message
+from fedfog.runs import History
 
 if TYPE_CHECKING:
     from fedfog.cli.federation import Options
 
 REFRESH_SECONDS = 0.2
-
-
-class _History(BaseModel):
-    """What is read of a run's `history.json`."""
-
-    initial: schemas.Evaluation | None
-    rounds: list[schemas.RoundRecord]
 
 
 class Story:
@@ -142,7 +135,7 @@ class Story:
 
     def summarize(self, folder: Path) -> None:
         """Print what the run's folder and the clock say of all rounds."""
-        history = _History.model_validate_json((folder / "history.json").read_bytes())
+        history = History.model_validate_json((folder / "history.json").read_bytes())
         table = Table(
             *("round", "clients", "examples", "train loss"),
             *("accuracy", "AUROC", "macro-F1", "seconds"),

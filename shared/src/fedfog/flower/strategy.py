@@ -192,7 +192,8 @@ class FogStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The inner strategy's aggregate of the valid partials.
+        """The inner strategy's aggregate of the valid partials. Its metrics are left to the record:
+        Flower would keep those of all rounds.
 
         Raises:
             RoundFailedError: fewer valid partials than MIN_FIT_CLIENTS.
@@ -222,7 +223,7 @@ class FogStrategy(Strategy):
                 f"(MIN_FIT_CLIENTS), after at most {self._round_timeout:.0f} s (ROUND_TIMEOUT). "
                 f"Left out: {reasons or 'nobody'}"
             )
-        arrays, metrics = self.inner.aggregate_train(number, valid)
+        arrays, _metrics = self.inner.aggregate_train(number, valid)
         vector = self._vector(number, arrays)
         self._seconds |= {**self._grid.seconds, "aggregate": time.monotonic() - start}
         num_examples = sum(meta.num_examples for meta in regions.values())
@@ -239,7 +240,7 @@ class FogStrategy(Strategy):
         )
         self._on_model(GlobalModel(number, vector, record))
         # What the clients got, to the last bit, is what the next round starts from.
-        return to_arrays(self._table.unflatten(vector)), metrics
+        return to_arrays(self._table.unflatten(vector)), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
