@@ -1,0 +1,77 @@
+"""`make chaos SECONDS=600 SEED=7`: hurt a federation for so long, then say whether it kept its
+promises. Exit code 1: one was broken."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from chaos import schedule
+from chaos.federation import Federation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long faults are made")
+    parser.add_argument("--seed", type=int, default=7, help="of the schedule")
+    parser.add_argument("--replay", type=Path, help="a schedule.json to be carried out again")
+    parser.add_argument("--folder", type=Path, help="takes logs, schedule.json and report.json")
+    arguments = parser.parse_args()
+    name = f"chaos-{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (arguments.folder or Path("runs") / name).resolve()
+    folder.mkdir(parents=True)
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    federation = Federation(folder / "federation", say=say)
+    problem = ""
+    try:
+        if arguments.replay:
+            faults = schedule.load(arguments.replay)
+        else:
+            faults = schedule.draw(arguments.seed, arguments.seconds, federation.targets)
+        schedule.save(faults, folder / "schedule.json")
+        say(f"{len(faults)} faults of seed {arguments.seed}, saved in {folder}/schedule.json:")
+        for fault in faults:
+            say(str(fault))
+        federation.start()
+        federation.torment(faults, arguments.seconds)
+        federation.stop()
+    except TimeoutError as error:
+        problem = str(error)
+    finally:
+        federation.close()
+    report = federation.report()
+    report["problem"] = problem
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(console, report)
+    say(f"written: {folder}/report.json")
+    return 1 if problem or report["breaches"] or report["failures"] else 0
+
+
+def show(console: Console, report: dict[str, dict[str, object]]) -> None:
+    figures = Table("figure", "", title="what the ledger says")
+    for name, value in report["figures"].items():
+        figures.add_row(name.replace("_", " "), str(value))
+    console.print(figures)
+    waits = Table("fault", "n", "median s", "max s", title="healed fault to next closed partial")
+    for name, times in report["recovery_s"].items():
+        assert isinstance(times, dict)
+        waits.add_row(name, *(str(round(times[key], 2)) for key in ("n", "median", "max")))
+    console.print(waits)
+    for line in (*report["breaches"], *report["failures"], report["problem"]):
+        if line:
+            console.print(f"BROKEN: {line}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # the proxy's connections are not waited for

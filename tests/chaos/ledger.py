@@ -1,0 +1,475 @@
+"""The ledger: from what passed on the wire, and from nothing that FedFog says about itself but its
+run folders, it works out whether the promises were kept.
+
+A promise that was broken is a `Breach` of one of these kinds:
+
+- `two versions`: an update, partial or model was published with two contents under one id;
+- `wrong sum`, `wrong model`: a partial is not the mean of its members' updates, a model not that
+  of its partials, bit for bit in float64 (McMahan et al. 2017), or not of the model before;
+- `double-counted`: an update is in a sum more than once, or in two partials;
+- `lost`: an accepted update is in no partial; one that was received is not in the partial, though
+  nothing happened to its owner or to the region; a partial is in no model and nobody says why;
+- `forgotten`: a client does not repeat what it owes to a new boot of its aggregator;
+- `went back`: the server published an older model under the same id of the run;
+- `rejected`: an update of our own clients was refused.
+"""
+
+import json
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chaos.proxy import Sighting
+from chaos.schedule import BROKER, FLOWER, SERVER, role
+from fedfog.messages.codec import TensorMessage, Vector, decode, decode_json, digest_of
+from fedfog.messages.schemas import (
+    ModelMeta,
+    PartialMeta,
+    Receipt,
+    RegionReceipt,
+    RoundRecord,
+    Status,
+    UpdateMeta,
+    Verdict,
+)
+from fedfog.messages.topics import Topics
+
+TOPICS = Topics()
+# How long a fault has effects after it was healed: a process boots again, and nothing tells of a
+# half-open connection but the keep-alive (15 s, noticed at most 1.5 times later).
+AFTERMATH, HALF_OPEN_SECONDS = 8.0, 25.0
+REPEAT_SECONDS = 10.0
+
+
+class UpdateId(NamedTuple):
+    run: str
+    round: int
+    region: str
+    client: str
+
+
+class PartialId(NamedTuple):
+    run: str
+    round: int
+    region: str
+
+
+@dataclass(frozen=True)
+class Breach:
+    kind: str
+    id: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.id}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Happened:
+    """A fault as it was carried out; monotonic seconds."""
+
+    kind: str
+    target: str
+    began: float
+    healed: float
+
+    @property
+    def over(self) -> float:
+        """When it certainly has no effect any more."""
+        return self.healed + (HALF_OPEN_SECONDS if self.kind == "half-open" else AFTERMATH)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What the server wrote of one run."""
+
+    run: str
+    rewinds: int
+    completed: bool
+    records: tuple[RoundRecord, ...]
+    final: str | None = None  # digest of its `model.safetensors`
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunFolder":
+        def load(name: str) -> dict[str, object]:
+            path = folder / name
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+
+        info, history, model = load("settings.json"), load("history.json"), None
+        if (path := folder / "model.safetensors").exists():
+            model = digest_of(decode(path.read_bytes(), ModelMeta).vector)
+        rounds = history.get("rounds", [])
+        assert isinstance(rounds, list)
+        return cls(
+            str(info["run"]),
+            int(str(info.get("rewinds", 0))),
+            load("summary.json").get("status") == "completed",
+            tuple(RoundRecord.model_validate_json(json.dumps(r)) for r in rounds),
+            model,
+        )
+
+    def wire_id(self, rewinds: int) -> str:
+        """The run's id on the wire after so many steps back to an older checkpoint."""
+        return f"{self.run[:55]}-r{rewinds}" if rewinds else self.run
+
+
+def weighted_mean(vectors: Iterable[tuple[Vector, int]]) -> NDArray[np.float32]:
+    """FedAvg: sum(n * w) / sum(n), in float64, in the given order, rounded once."""
+    total, weight = np.float64(0) * np.zeros(1), 0
+    for vector, n in vectors:
+        total = total + vector.astype(np.float64) * float(n)
+        weight += n
+    return (total / weight).astype(np.float32)
+
+
+@dataclass
+class _Update:
+    message: TensorMessage[UpdateMeta]
+    sent: list[float] = field(default_factory=list)
+    received: list[tuple[float, int]] = field(default_factory=list)  # (when, boot) of the receipts
+
+
+@dataclass
+class _Partial:
+    message: TensorMessage[PartialMeta]
+    payload: bytes
+    at: float
+    boot: int | None
+
+
+@dataclass
+class _Model:
+    digest: str
+    at: float
+
+
+class Ledger:
+    """Reads the wire log once and keeps what the checks need."""
+
+    def __init__(
+        self, log: Sequence[Sighting], runs: Sequence[RunFolder], faults: Sequence[Happened]
+    ) -> None:
+        self.breaches: list[Breach] = []
+        self.updates: dict[UpdateId, _Update] = {}
+        self.partials: dict[PartialId, _Partial] = {}
+        self.models: dict[tuple[str, int], _Model] = {}
+        self.accepted: set[UpdateId] = set()
+        self._faults = faults
+        self._end = log[-1].at if log else 0.0
+        self._boots: dict[str, int] = {}
+        self._newest_model = (0, -1)
+        self._down: dict[str, list[Sighting]] = defaultdict(list)  # of each client
+        self._runs = runs
+        self._records: dict[tuple[str, int], RoundRecord] = {}  # of the runs' folders
+        self._told: dict[tuple[str, int], RoundRecord] = {}  # and on the wire
+        for sighting in log:
+            self._read(sighting)
+        self._check_partials()
+        for run in runs:
+            self._check_run(run)
+        self._check_models()
+        self._check_places()
+        self._check_accepted()
+        self._check_received()
+        self._check_debts()
+
+    @property
+    def figures(self) -> dict[str, int]:
+        kinds = Counter(breach.kind for breach in self.breaches)
+        return {
+            "runs": sum(run.completed for run in self._runs),
+            "rounds": len(self._records),
+            "updates": len(self.updates),
+            "accepted": len(self.accepted),
+            "partials": len(self.partials),
+            "regions_left_out": sum(len(r.left_out) for r in self._records.values()),
+            "rewinds": sum(run.rewinds for run in self._runs),
+            "lost": kinds["lost"] + kinds["forgotten"],
+            "double_counted": kinds["double-counted"],
+            "wrong_sums": kinds["wrong sum"] + kinds["wrong model"] + kinds["two versions"],
+            "other_breaches": kinds["went back"] + kinds["rejected"],
+        }
+
+    # Reading
+
+    def _breach(self, kind: str, id_: object, what: str) -> None:
+        name = "/".join(map(str, id_)) if isinstance(id_, tuple) else str(id_)
+        self.breaches.append(Breach(kind, name, what))
+
+    def _read(self, s: Sighting) -> None:
+        if not s.payload:
+            return
+        topic = s.topic
+        if topic.startswith(TOPICS.updates) and s.up:
+            self._read_update(s)
+        elif topic.startswith(TOPICS.partial) and s.up:
+            self._read_partial(s)
+        elif topic == TOPICS.global_model and s.up:
+            self._read_model(s)
+        elif topic == TOPICS.history and s.up:
+            record = decode_json(s.payload, RoundRecord)
+            self._told[record.run, record.round] = record
+        elif topic.startswith(TOPICS.status("")) and s.up:
+            self._boots[topic.split("/")[2]] = decode_json(s.payload, Status).boot
+        elif topic.startswith(TOPICS.receipts("")) and s.up:
+            self._read_receipt(s, topic.split("/"))
+        if not s.up and role(s.service) == "client":
+            self._down[s.service].append(s)
+
+    def _read_update(self, s: Sighting) -> None:
+        message = decode(s.payload, UpdateMeta)
+        meta = message.meta
+        key = UpdateId(meta.run, meta.round, meta.region, meta.client)
+        known = self.updates.setdefault(key, _Update(message))
+        known.sent.append(s.at)
+        then = known.message
+        fields = ("base_digest", "num_examples")
+        same = all(getattr(then.meta, name) == getattr(meta, name) for name in fields)
+        if not same or not np.array_equal(then.vector, message.vector):
+            self._breach("two versions", key, "the update was sent with another content")
+
+    def _read_partial(self, s: Sighting) -> None:
+        message = decode(s.payload, PartialMeta)
+        key = PartialId(message.meta.run, message.meta.round, message.meta.region)
+        partial = _Partial(message, s.payload, s.at, self._boots.get(key.region))
+        if self.partials.setdefault(key, partial).payload != s.payload:
+            old = sorted(self.partials[key].message.meta.members)
+            self._breach(
+                "two versions", key, f"published again: {old}, {sorted(message.meta.members)}"
+            )
+
+    def _read_model(self, s: Sighting) -> None:
+        message = decode(s.payload, ModelMeta)
+        meta, digest = message.meta, digest_of(message.vector)
+        if (meta.run_started, meta.round) < self._newest_model:
+            self._breach("went back", meta.run, f"to model {meta.round}")
+        self._newest_model = max(self._newest_model, (meta.run_started, meta.round))
+        known = self.models.setdefault((meta.run, meta.round), _Model(digest, s.at))
+        if {known.digest, meta.digest} != {digest}:
+            self._breach("two versions", (meta.run, meta.round), "the model has another content")
+
+    def _read_receipt(self, s: Sighting, levels: list[str]) -> None:
+        if len(levels) == 3:
+            closed = decode_json(s.payload, RegionReceipt)
+            for member in closed.members:
+                self.accepted.add(UpdateId(closed.run, closed.round, levels[2], member))
+            return
+        receipt = decode_json(s.payload, Receipt)
+        if receipt.run is None or receipt.round is None:
+            self._breach("rejected", levels[3], receipt.reason)
+            return
+        key = UpdateId(receipt.run, receipt.round, levels[2], levels[3])
+        if receipt.verdict is Verdict.ACCEPTED:
+            self.accepted.add(key)
+        elif receipt.verdict is Verdict.REJECTED:
+            self._breach("rejected", key, receipt.reason)
+        elif receipt.verdict is Verdict.RECEIVED and key in self.updates:
+            self.updates[key].received.append((s.at, receipt.boot))
+
+    # Sums
+
+    def _check_partials(self) -> None:
+        counted: dict[tuple[str, int, str], PartialId] = {}
+        for key, partial in self.partials.items():
+            meta, vectors = partial.message.meta, []
+            for client, examples in meta.members.items():
+                update = self.updates.get(UpdateId(*key, client))
+                if update is None or update.message.meta.num_examples != examples:
+                    self._breach("wrong sum", key, f"{client} sent no update of {examples}")
+                    continue
+                vectors.append((update.message.vector, examples))
+                if (other := counted.setdefault((*key[:2], client), key)) != key:
+                    self._breach("double-counted", key, f"{client} is in {other.region}, too")
+            if (weight := sum(meta.members.values())) != meta.num_examples:
+                what = f"{meta.num_examples} examples of members that have {weight}"
+                self._breach("double-counted", key, what)
+            elif len(vectors) == len(meta.members) and not np.array_equal(
+                weighted_mean(vectors), partial.message.vector
+            ):
+                self._breach("wrong sum", key, "not the mean of its members' updates")
+
+    def _check_run(self, run: RunFolder) -> None:
+        """Records, and the models that they say."""
+        rounds = [record.round for record in run.records]
+        if rounds != list(range(1, len(rounds) + 1)):
+            self._breach("lost", run.run, f"its history has the rounds {rounds}")
+        for record in run.records:
+            self._records[record.run, record.round] = record
+        if run.completed:
+            last = self.models.get((run.wire_id(run.rewinds), len(rounds)))
+            if last is None or last.digest != run.final:
+                self._breach("wrong model", run.run, "its final model was not published")
+
+    def _check_models(self) -> None:
+        successors = {
+            run.wire_id(n): run.wire_id(n + 1) for run in self._runs for n in range(run.rewinds)
+        }
+        predecessors = {new: old for old, new in successors.items()}
+        for (run, round_), model in self.models.items():
+            if round_ == 0:
+                continue
+            if (run, round_ - 1) not in self.models and run in predecessors:
+                # What a run goes on from after a step back, under its new id.
+                old = self.models.get((predecessors[run], round_))
+                if old is not None and old.digest != model.digest:
+                    self._breach("wrong model", (run, round_), "not the one that was gone back to")
+                continue
+            record = self._records.get((run, round_)) or self._told.get((run, round_))
+            if record is None:
+                if run not in successors:
+                    self._breach("wrong model", (run, round_), "no record says what is in it")
+                continue
+            self._check_model(record, model)
+
+    def _check_model(self, record: RoundRecord, model: _Model) -> None:
+        key, parts, flat = (record.run, record.round), [], []
+        base = self.models.get((record.run, record.round - 1))
+        for region, meta in sorted(record.regions.items()):
+            partial = self.partials.get(PartialId(*key, region))
+            if partial is None or partial.message.meta != meta:
+                self._breach("wrong model", key, f"its partial of {region} is not the published")
+                return
+            parts.append((partial.message.vector, meta.num_examples))
+            for client in meta.members:
+                update = self.updates.get(UpdateId(*key, region, client))
+                if update is None:
+                    return  # said by _check_partials
+                flat.append((update.message.vector, update.message.meta.num_examples))
+                if base is not None and update.message.meta.base_digest != base.digest:
+                    self._breach("wrong sum", (*key, region, client), "of another base model")
+        mean = weighted_mean(parts)
+        if digest_of(mean) != model.digest:
+            self._breach("wrong model", key, "not the mean of its partials")
+        elif not np.allclose(mean, weighted_mean(flat), rtol=1e-5, atol=1e-7):
+            self._breach("wrong model", key, "not the mean of all accepted updates")
+
+    # Nothing lost
+
+    def _void(self, key: PartialId) -> bool:
+        """The run says that the round is void (it went back), or it is the last open one of a run
+        that was not completed."""
+        for run in self._runs:
+            ids = [run.wire_id(n) for n in range(run.rewinds + 1)]
+            if key.run in ids:
+                last = len(run.records)
+                return key.run != ids[-1] or (not run.completed and key.round == last + 1)
+        return False
+
+    def _check_places(self) -> None:
+        """Each partial is in its model, or its region is left out by name."""
+        for key, partial in self.partials.items():
+            record = self._records.get(key[:2])
+            if record is None:
+                if not self._void(key):
+                    self._breach("lost", key, "the partial's round is in no run's history")
+            elif key.region in record.regions:
+                if record.regions[key.region].digest != partial.message.meta.digest:
+                    self._breach("lost", key, "another partial is in the model")
+            elif key.region not in record.left_out:
+                self._breach("lost", key, "the partial is in no model, and nobody says why")
+
+    def _check_accepted(self) -> None:
+        for key in self.accepted:
+            partial = self.partials.get(PartialId(*key[:3]))
+            if partial is None or key.client not in partial.message.meta.members:
+                self._breach("lost", key, "accepted, but in no partial")
+
+    def _check_received(self) -> None:
+        for key, update in self.updates.items():
+            partial = self.partials.get(PartialId(*key[:3]))
+            if not update.received or (partial and key.client in partial.message.meta.members):
+                continue
+            if partial and any(boot == partial.boot for _, boot in update.received):
+                self._breach("lost", key, "received by the boot that published without it")
+                continue
+            record = self._records.get(key[:2])
+            if (record and key.region in record.left_out) or self._void(PartialId(*key[:3])):
+                continue
+            names = (f"{key.region}-{key.client}", f"{key.region}-aggregator", BROKER)
+            opened = self.models.get((key.run, key.round - 1))
+            began = opened.at if opened else update.sent[0]
+            closed = self.models.get((key.run, key.round))
+            if not self._disturbed(names, began, closed.at if closed else self._end):
+                self._breach("lost", key, "received, in no partial, and nothing had happened")
+
+    def _check_debts(self) -> None:
+        """Who has an update without a final verdict repeats it to each new boot."""
+        owed: dict[str, list[tuple[UpdateId, _Update]]] = defaultdict(list)
+        for key, update in self.updates.items():
+            owed[f"{key.region}-{key.client}"].append((key, update))
+        for service, updates in owed.items():
+            for key, update in updates:
+                self._check_debt(service, key, update)
+
+    def _check_debt(self, service: str, key: UpdateId, update: _Update) -> None:
+        seen = self._down[service]
+        start = bisect_left(seen, update.sent[0], key=lambda s: s.at)
+        holder = 0
+        for s in seen[start:]:
+            if s.topic == TOPICS.status(key.region):
+                status = decode_json(s.payload, Status)
+                if status.online and 0 < holder < status.boot:
+                    until = s.at + REPEAT_SECONDS
+                    sent = update.sent
+                    again = bisect_left(sent, s.at) < bisect_left(sent, until)
+                    settled = any(
+                        self._settles(later, key) for later in seen if s.at <= later.at < until
+                    )
+                    names = (service, BROKER)
+                    excused = until > self._end or self._disturbed(names, s.at - 1.0, until)
+                    if not (again or settled or excused):
+                        what = f"not sent again to boot {status.boot} within {REPEAT_SECONDS} s"
+                        self._breach("forgotten", key, what)
+                    holder = status.boot
+            elif self._settles(s, key):
+                return
+            elif s.topic == TOPICS.receipts(key.region, key.client):
+                holder = decode_json(s.payload, Receipt).boot
+
+    @staticmethod
+    def _settles(s: Sighting, key: UpdateId) -> bool:
+        """The client is told that it owes this update no more."""
+        if s.topic == TOPICS.global_model:
+            model = decode(s.payload, ModelMeta).meta
+            return (model.run, model.round + 1) != key[:2]
+        if s.topic == TOPICS.receipts(key.region):
+            closed = decode_json(s.payload, RegionReceipt)
+            return (closed.run, closed.round) == key[:2] and key.client in closed.members
+        if s.topic == TOPICS.receipts(key.region, key.client):
+            receipt = decode_json(s.payload, Receipt)
+            return (receipt.run, receipt.round) == key[:2] and receipt.verdict != Verdict.RECEIVED
+        return False
+
+    def _disturbed(self, names: Sequence[str], began: float, ended: float) -> bool:
+        return any(f.target in names and f.began < ended and began < f.over for f in self._faults)
+
+
+def recovery(log: Sequence[Sighting], faults: Sequence[Happened]) -> dict[str, list[float]]:
+    """Seconds from each fault's healing to the next partial that is new on the wire, by kind; of
+    the later region if the fault met both."""
+    closed: dict[str, list[float]] = defaultdict(list)
+    known: set[PartialId] = set()
+    for s in log:
+        if s.up and s.topic.startswith(TOPICS.partial):
+            meta = decode(s.payload, PartialMeta).meta
+            key = PartialId(meta.run, meta.round, meta.region)
+            if key not in known:
+                known.add(key)
+                closed[key.region].append(s.at)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for fault in faults:
+        name = fault.target.removesuffix(FLOWER)
+        both = name in (BROKER, SERVER)
+        waits = []
+        for times in closed.values() if both else [closed[name.split("-")[0]]]:
+            if (index := bisect_left(times, fault.healed)) < len(times):
+                waits.append(times[index] - fault.healed)
+        if waits:
+            seconds[f"{fault.kind} {role(fault.target)}"].append(round(max(waits), 2))
+    return dict(seconds)
