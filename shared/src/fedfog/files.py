@@ -4,13 +4,17 @@ import os
 import time
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger()
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a reader, or a start after a power loss, finds either the
     old or the new content whole.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; `path` is as it was.
+        OSError: the disk is full or the folder cannot be written; it names `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -19,14 +23,15 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:  # of a write it would name no file, of the rest the temporary one
+        if temporary.is_file():
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def next_boot(state_dir: Path) -> int:
@@ -34,10 +39,25 @@ def next_boot(state_dir: Path) -> int:
 
     It starts from the clock, so that a service whose store was lost still comes after the
     retained messages of its former life.
+
+    Raises:
+        OSError: STATE_DIR is full or cannot be written.
     """
-    state_dir.mkdir(parents=True, exist_ok=True)
     path = state_dir / "boot"
-    before = int(path.read_text()) if path.exists() else 0
-    boot = max(before + 1, int(time.time()))
-    write_atomically(path, str(boot).encode())
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        boot = max(_boot_before(path) + 1, int(time.time()))
+        write_atomically(path, str(boot).encode())
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (STATE_DIR)", error.filename) from error
     return boot
+
+
+def _boot_before(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError:
+        log.warning("boot_file_damaged", path=str(path), instead="the clock")
+        return 0
