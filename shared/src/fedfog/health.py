@@ -28,11 +28,20 @@ class Heartbeat:
         self._last = ("", -BEAT_SECONDS)
 
     def beat(self, state: str) -> None:
-        """The worker is alive; `state` is `ready` or says what it waits for."""
+        """The worker is alive; `state` is `ready` or says what it waits for. A full disk makes it
+        look dead in the end, but does not end it."""
         now = time.monotonic()
-        if state != self._last[0] or now - self._last[1] >= BEAT_SECONDS:
+        if state == self._last[0] and now - self._last[1] < BEAT_SECONDS:
+            return
+        self._last = (state, now)
+        try:
             self._path.write_text(state)
-            self._last = (state, now)
+        except OSError as error:
+            import structlog
+
+            structlog.get_logger().warning(
+                "health_not_written", path=str(self._path), setting="HEALTH_FILE", error=str(error)
+            )
 
 
 def main(question: str = "ready") -> int:
@@ -43,7 +52,7 @@ def main(question: str = "ready") -> int:
     path = health_file()
     try:
         age = time.time() - path.stat().st_mtime
-        state = path.read_text()
+        state = path.read_text(errors="replace")
     except FileNotFoundError:
         sys.stderr.write("not started yet\n")
         return 1
