@@ -1,4 +1,10 @@
-"""What an aggregator must not lose: its partials with their members, cohorts and slots (SQLite)."""
+"""What an aggregator must not lose: its partials with their members, cohorts and slots (SQLite).
+
+All of it is in one file after each commit: a write-ahead log could lose its end unnoticed, and with
+it partials whose clients were told that they are accepted. A commit that finds the disk full is
+undone as a whole. The space of deleted rounds is used again, so the file stays as large as
+KEEP_ROUNDS and the largest model make it.
+"""
 
 import json
 import sqlite3
@@ -8,9 +14,11 @@ from pathlib import Path
 
 from fedfog.core.rounds import Stored
 from fedfog.core.slots import SlotTable
+from fedfog.messages.codec import CodecError, decode, digest_of
+from fedfog.messages.schemas import PartialMeta
 
 _SCHEMA = """
-pragma journal_mode = wal;
+pragma journal_mode = truncate;
 pragma synchronous = full;
 create table if not exists cohort
     (run text, round int, clients text not null, primary key (run, round));
@@ -32,46 +40,63 @@ class PartialStore:
     """The store of one region, in `<state_dir>/aggregator.db`.
 
     Raises:
-        StoreError: at once if the file cannot be opened, later from each method.
+        StoreError: at once if the file cannot be opened or is damaged, later from each method.
     """
 
     def __init__(self, state_dir: Path) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         self.path = state_dir / "aggregator.db"
+        # SQLite takes a file of one byte, too, for a new database.
+        empty = not self.path.exists() or self.path.stat().st_size < 2
+        if empty and (state_dir / "boot").exists():
+            raise self._damaged("it is empty or gone, and STATE_DIR is not new")
         with self._errors():
             self._db = sqlite3.connect(self.path)
             self._db.executescript(_SCHEMA)
+            [[found]] = self._db.execute("pragma quick_check(1)")
+        if found != "ok":
+            raise self._damaged(found)
 
     def close(self) -> None:
         self._db.close()
 
     def stored(self, run: str, round_: int) -> Stored | None:
         """Cohort and, if the round is closed, members (client -> examples) of a round."""
-        key = (run, round_)
+        select = "select clients from cohort where run = ? and round = ?"
         with self._errors():
-            select = "select clients from cohort where run = ? and round = ?"
-            cohort = self._db.execute(select, key).fetchone()
-            select = "select members from partial where run = ? and round = ?"
-            members = self._db.execute(select, key).fetchone()
-        if cohort is None and members is None:
+            row = self._db.execute(select, (run, round_)).fetchone()
+            cohort = frozenset(json.loads(row[0])) if row else frozenset()
+        closed = self._read(run, round_)
+        if row is None and closed is None:
             return None
-        return Stored(
-            frozenset(json.loads(cohort[0])) if cohort else frozenset(),
-            json.loads(members[0]) if members else None,
-        )
+        return Stored(cohort, closed[1] if closed else None)
 
     def partial(self, run: str, round_: int) -> bytes | None:
         """The committed partial as it goes over the wire."""
+        closed = self._read(run, round_)
+        return closed[0] if closed else None
+
+    def _read(self, run: str, round_: int) -> tuple[bytes, dict[str, int]] | None:
+        """Payload and members of a partial, if they are what was committed."""
+        select = "select payload, members from partial where run = ? and round = ?"
         with self._errors():
-            select = "select payload from partial where run = ? and round = ?"
             row = self._db.execute(select, (run, round_)).fetchone()
-        return bytes(row[0]) if row else None
+            if row is None:
+                return None
+            payload, members = row[0], json.loads(row[1])
+            partial = decode(payload, PartialMeta)
+            meta = partial.meta
+        if (meta.run, meta.round, meta.members) != (run, round_, members):
+            raise self._damaged(f"the partial of round {round_} is not the one of its members")
+        if digest_of(partial.vector) != meta.digest:
+            raise self._damaged(f"the digest of the partial of round {round_} is wrong")
+        return payload, members
 
     def slots(self, run: str) -> SlotTable | None:
         with self._errors():
             select = "select slots, holders from slots where run = ?"
             row = self._db.execute(select, (run,)).fetchone()
-        return SlotTable(run, row[0], json.loads(row[1])) if row else None
+            return SlotTable(run, row[0], json.loads(row[1])) if row else None
 
     def save_slots(self, slots: SlotTable) -> None:
         with self._errors(), self._db:
@@ -117,5 +142,18 @@ class PartialStore:
             yield
         except sqlite3.IntegrityError:
             raise
+        except (CodecError, ValueError, TypeError) as error:
+            raise self._damaged(str(error)) from error
         except sqlite3.Error as error:
+            # Without a code: a text that is no UTF-8. SQLITE_ERROR: a table is not as made here.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+                raise self._damaged(str(error)) from error
             raise StoreError(f"{self.path}: {error} (STATE_DIR: is the disk full?)") from error
+
+    def _damaged(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.path} is damaged ({what}). Bring STATE_DIR back from a backup; or stop the "
+            "run, empty STATE_DIR and begin a new run: with an empty one, updates of this run that "
+            "were accepted could be lost or counted twice"
+        )
