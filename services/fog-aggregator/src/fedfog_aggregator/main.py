@@ -249,7 +249,7 @@ class Aggregator:
                 case rounds.StoreCohort(run, round_, cohort, slots_table):
                     self._store_cohort(run, round_, cohort, slots_table)
                 case rounds.StoreSlots(slots_table):
-                    self._store.save_slots(slots_table)
+                    self._store_slots(slots_table)
                 case rounds.Commit() as commit:
                     actions.extend(self._rounds.handle(self._commit(commit), now))
                 case rounds.Log(level, name, fields):
@@ -268,6 +268,12 @@ class Aggregator:
         except StoreError as error:
             # Only a restart in this very round would miss it; the partial is what must not fail.
             log.error("cohort_not_stored", error=str(error))
+
+    def _store_slots(self, slots: SlotTable) -> None:
+        try:
+            self._store.save_slots(slots)
+        except StoreError as error:  # the next cohort is stored with them
+            log.error("slots_not_stored", error=str(error))
 
     def _commit(self, commit: rounds.Commit) -> rounds.Committed | rounds.CommitFailed:
         assert self._table is not None
