@@ -73,7 +73,7 @@ def start(
 
 
 def outbox(tmp_path: Path) -> Path:
-    return tmp_path / MODULE / "state" / "outbox.safetensors"
+    return tmp_path / MODULE / "state" / "outbox"
 
 
 def test_trains_on_its_slot_and_reports_what_it_learned(start: Callable[..., Edge]) -> None:

@@ -1,15 +1,15 @@
 """Shell around `fedfog.core.participation`: MQTT, the outbox and the trainer on the outside."""
 
 import random
+import re
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import structlog
 
 import fedfog
-from fedfog import service
+from fedfog import logs, service
 from fedfog.core import participation as core
 from fedfog.files import next_boot, write_atomically
 from fedfog.health import BEAT_SECONDS, Heartbeat
@@ -51,6 +51,10 @@ class Client:
         self._boot = next_boot(settings.state_dir)
         self._outbox = Outbox(settings.state_dir)
         left = self._outbox.load()
+        if left and (left.region, left.client) != (self._region, self._id):
+            log.warning("outbox_of_another_client", update=left.id)  # REGION or CLIENT_ID changed
+            self._outbox.clear()
+            left = None
         self._core = core.Participation(
             random.Random(), outbox=(left.run, left.round) if left else None
         )
@@ -240,26 +244,40 @@ class Client:
 
 
 def client_id_of(settings: ClientSettings) -> str:
-    """CLIENT_ID or, without it, the name that this client's state folder was given at first."""
+    """CLIENT_ID or, without it, the name that this client's state folder was given at first.
+
+    If that is lost or damaged, the name is the one on the update in the outbox; without an update
+    nobody waits for the old name, and the client takes a new one.
+
+    Raises:
+        OSError: STATE_DIR is full, or cannot be read or written.
+    """
     if settings.client_id:
         return settings.client_id
-    path: Path = settings.state_dir / "client_id"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"c-{uuid.uuid4().hex[:12]}".encode())
-    return path.read_text()
+    path = settings.state_dir / "client_id"
+    name = path.read_text(errors="replace") if path.exists() else ""
+    if not re.fullmatch("c-[0-9a-f]{12}", name):
+        left = Outbox(settings.state_dir).load()
+        name = left.client if left else f"c-{uuid.uuid4().hex[:12]}"
+        if path.exists():
+            log.warning("client_id_damaged", path=str(path), new_name=name)
+        write_atomically(path, name.encode())
+    return name
 
 
 def main() -> None:
     settings = load(ClientSettings)
-    client_id = client_id_of(settings)
-    service.run(
-        "client",
-        settings,
-        lambda: Client(settings, client_id).run(),
-        region=settings.region,
-        client=client_id,
-    )
+
+    def body() -> int:
+        try:
+            client_id = client_id_of(settings)
+        except OSError as error:
+            raise service.ServiceError(f"{error} (STATE_DIR)") from error
+        context = {"region": settings.region, "client": client_id}
+        logs.configure("client", settings.log_level, settings.log_format, **context)
+        return Client(settings, client_id).run()
+
+    service.run("client", settings, body, region=settings.region)
 
 
 if __name__ == "__main__":

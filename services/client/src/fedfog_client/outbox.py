@@ -1,5 +1,9 @@
-"""The update that was trained but is not answered yet, as a file that survives a crash."""
+"""The update that was trained but is not answered yet, as a file that survives a crash.
 
+The file is the SHA-256 of the update and then the update as it goes over the wire.
+"""
+
+from hashlib import sha256
 from pathlib import Path
 
 import structlog
@@ -10,37 +14,46 @@ from fedfog.messages.schemas import UpdateMeta
 
 log = structlog.get_logger()
 
+_DIGEST = sha256().digest_size
+
 
 class Outbox:
-    """At most one update; a newer one takes its place."""
+    """At most one update; a newer one takes its place.
+
+    Raises:
+        OSError: STATE_DIR cannot be made, or the file in it not be read.
+    """
 
     def __init__(self, state_dir: Path) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
-        self.path = state_dir / "outbox.safetensors"
+        self.path = state_dir / "outbox"
         self.payload: bytes | None = None
 
     def load(self) -> UpdateMeta | None:
         """What an earlier life left here; a damaged file is removed, and the log says so."""
         if not self.path.exists():
             return None
-        payload = self.path.read_bytes()
+        data = self.path.read_bytes()
+        payload = data[_DIGEST:]
         try:
-            update = decode(payload, UpdateMeta)
+            if sha256(payload).digest() != data[:_DIGEST]:
+                raise CodecError("the digest is not that of the update")
+            meta = decode(payload, UpdateMeta).meta
         except CodecError as error:
             log.warning("outbox_damaged", path=str(self.path), reason=str(error))
             self.clear()
             return None
         self.payload = payload
-        return update.meta
+        return meta
 
     def put(self, payload: bytes) -> None:
         """Keep an update. If the disk is full it is kept in memory only, and the log says so: it
         would be lost with this process, but nobody has accepted it yet."""
         self.payload = payload
         try:
-            write_atomically(self.path, payload)
+            write_atomically(self.path, sha256(payload).digest() + payload)
         except OSError as error:
-            log.error("outbox_not_written", path=str(self.path), error=str(error))
+            log.error("outbox_not_written", error=str(error), setting="STATE_DIR")
 
     def clear(self) -> None:
         self.payload = None
