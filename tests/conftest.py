@@ -20,6 +20,8 @@ from fedfog.cli.broker import LocalBroker, installed_mosquitto
 
 REPOSITORY = Path(__file__).parents[1]
 
+pytest_plugins = ["stacks"]  # fixtures of tests/compose
+
 
 class Peer:
     """An MQTT peer: publishes, and remembers all that it receives."""
@@ -32,6 +34,7 @@ class Peer:
         self._client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5
         )
+        client.reconnect_delay_set(1, 1)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
