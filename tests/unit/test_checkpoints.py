@@ -91,9 +91,12 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(store: Checkpoin
     for round in (1, 2, 3):
         store.save(checkpoint(round))
     store.path(3).write_bytes(store.path(3).read_bytes()[:-1])
-    newest = store.newest()
+    newest, damaged = store.newest()
     assert newest is not None
     assert newest.round == 2
+    assert damaged == [3]
+    store.set_aside(damaged)
+    assert store.last_round == 2
 
 
 def test_a_checkpoint_of_another_round_under_this_name_is_refused(store: Checkpoints) -> None:
@@ -111,7 +114,7 @@ def test_nothing_is_computed_from_damage_alone(store: Checkpoints) -> None:
 
 
 def test_a_new_run_has_no_checkpoint(store: Checkpoints) -> None:
-    assert store.newest() is None
+    assert store.newest() == (None, [])
 
 
 def test_only_the_newest_checkpoints_are_kept(store: Checkpoints) -> None:
@@ -125,9 +128,10 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(store: Checkpoints) 
     store.save(checkpoint(1))
     half = checkpoint(2).to_bytes()[:100]
     store.path(2).with_name(f".{store.path(2).name}.tmp").write_bytes(half)
-    newest = store.newest()
+    newest, damaged = store.newest()
     assert newest is not None
     assert newest.round == 1
+    assert damaged == []
 
 
 def strategy_of(name: str) -> Strategy:

@@ -9,12 +9,12 @@ import pytest
 
 from fedfog.messages.codec import TensorTable
 from fedfog.messages.schemas import Evaluation, RoundRecord
-from fedfog.runs import History, Status
+from fedfog.runs import History, Status, Summary
 from fedfog.service import ServiceError
 from fedfog.settings import CentralSettings
 from fedfog_central_server.checkpoints import Checkpoint
 from fedfog_central_server.results import save_summary, summarize
-from fedfog_central_server.runs import Run, open_run
+from fedfog_central_server.runs import Run, open_again, open_at_start, open_new
 
 TABLE = TensorTable((("w", (2,)),))
 
@@ -23,8 +23,15 @@ def settings(folder: Path, **values: object) -> CentralSettings:
     return CentralSettings(runs_dir=folder, **values)  # type: ignore[arg-type]
 
 
-def end(run: Run, status: Status) -> None:
-    save_summary(run, summarize(run, status))
+def open_run(settings: CentralSettings) -> Run:
+    """What a start works on."""
+    run = open_at_start(settings)
+    assert run is not None
+    return run
+
+
+def end(run: Run, status: Status, held: bool = False) -> None:
+    save_summary(run, summarize(run, status, held=held))
 
 
 def record(run: Run, round: int) -> RoundRecord:
@@ -248,3 +255,129 @@ def test_a_run_that_goes_back_is_another_one_for_the_other_tiers(tmp_path: Path)
     third.recover()
     assert (third.id, third.info.run_started) == after
     assert third.folder == run.folder
+
+
+def test_a_rewind_is_told_in_history_and_summary(tmp_path: Path) -> None:
+    run = open_run(settings(tmp_path))
+    make(run, 0, 1, 2)
+    run.checkpoints.path(2).write_bytes(b"damaged")
+    again = reopened(tmp_path)
+    end(again, Status.STOPPED)
+    [rewind] = written(again).rewinds
+    assert (rewind.from_round, rewind.to_round) == (2, 1)
+    assert (rewind.before, rewind.after) == (run.id, again.id)
+    assert "round 2 is damaged" in rewind.why
+    summary = Summary.model_validate_json((run.folder / "summary.json").read_bytes())
+    assert summary.rewinds == [rewind]
+
+
+def test_a_crash_in_a_rewind_does_not_hide_it(tmp_path: Path) -> None:
+    """The damaged file is moved away only when the rewind is on record."""
+    run = open_run(settings(tmp_path))
+    make(run, 0, 1, 2)
+    damaged = run.checkpoints.path(2)
+    damaged.write_bytes(b"damaged")
+    # The crash: nothing can be written from here on.
+    (run.folder / ".settings.json.tmp").mkdir()
+    with pytest.raises(OSError):
+        reopened(tmp_path)
+    assert damaged.exists()
+
+
+def test_the_run_that_was_worked_on_last_keeps_its_id(tmp_path: Path) -> None:
+    run = open_run(settings(tmp_path))
+    make(run, 0, 1)
+    end(run, Status.STOPPED, held=True)
+    again = open_again(settings(tmp_path), run.info.run)
+    again.recover()
+    assert (again.id, again.info.run_started) == (run.id, run.info.run_started)
+    assert again.history.rounds == 1
+
+
+def test_a_run_that_goes_on_after_another_one_is_a_new_one_for_the_other_tiers(
+    tmp_path: Path,
+) -> None:
+    """They ignore what began before the run that they know, and have forgotten the open round."""
+    first = open_new(settings(tmp_path), "first", {})
+    make(first, 0, 1)
+    end(first, Status.STOPPED, held=True)
+    second = open_new(settings(tmp_path), "second", {})
+    make(second, 0)
+    end(second, Status.STOPPED, held=True)
+    again = open_again(settings(tmp_path), "first")
+    again.recover()
+    assert again.id == "first-r1"
+    assert again.info.run_started > second.info.run_started
+    [rewind] = written(again).rewinds
+    assert (rewind.from_round, rewind.to_round, rewind.before) == (1, 1, "first")
+    assert (tmp_path / "latest").resolve() == first.folder
+    # Now it is the one that was worked on last.
+    third = open_again(settings(tmp_path), "first")
+    third.recover()
+    assert third.id == "first-r1"
+
+
+def test_a_run_that_was_stopped_by_command_is_left_by_a_restart(tmp_path: Path) -> None:
+    run = open_run(settings(tmp_path))
+    make(run, 0, 1)
+    end(run, Status.STOPPED, held=True)
+    assert open_at_start(settings(tmp_path)) is None
+    again = open_again(settings(tmp_path), run.info.run)
+    # From here on it is like any other run: also a killed server goes on with it.
+    assert open_run(settings(tmp_path)).id == again.id
+
+
+def test_with_exit_when_finished_a_start_goes_on_with_a_stopped_run(tmp_path: Path) -> None:
+    """Nobody could order it otherwise."""
+    run = open_run(settings(tmp_path))
+    end(run, Status.STOPPED, held=True)
+    assert open_run(settings(tmp_path, exit_when_finished=True)).id == run.id
+
+
+def test_a_submitted_run_goes_on_after_a_crash(tmp_path: Path) -> None:
+    """Its settings are not those of the environment, but the environment has not changed."""
+    environment = settings(tmp_path, run_id="mine")
+    end(open_run(environment), Status.COMPLETED)
+    submitted = open_new(environment, "other", {"rounds": 7, "learning_rate": 0.5})
+    again = open_run(environment)
+    assert again.id == submitted.id
+    assert (again.settings.rounds, again.settings.learning_rate) == (7, 0.5)
+
+
+def test_a_resumed_run_goes_on_after_a_crash(tmp_path: Path) -> None:
+    """Also if the environment has changed since it was begun."""
+    old = open_new(settings(tmp_path), "old", {"seed": 5})
+    environment = settings(tmp_path, rounds=9)
+    open_run(environment)
+    open_again(environment, "old")
+    again = open_run(environment)
+    assert again.info.run == old.info.run
+    assert (again.settings.seed, again.settings.rounds) == (5, old.settings.rounds)
+
+
+@pytest.mark.parametrize("chosen", [{"rounds": 0}, {"task": "ecg5000-5class"}, {"strategy": 3}])
+def test_impossible_settings_of_a_run_are_refused_by_name(
+    tmp_path: Path, chosen: dict[str, object]
+) -> None:
+    with pytest.raises(ServiceError, match=next(iter(chosen)).upper()):
+        open_new(settings(tmp_path), "run", chosen)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["Upper", "a/b", "..", "run-r1", "x" * 56])
+def test_names_that_no_run_can_have_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ServiceError, match="name"):
+        open_new(settings(tmp_path), name, {})
+
+
+def test_only_a_run_that_can_go_on_is_resumed(tmp_path: Path) -> None:
+    run = open_new(settings(tmp_path), "done", {})
+    with pytest.raises(ServiceError, match="already"):
+        open_new(settings(tmp_path), "done", {})
+    end(run, Status.COMPLETED)
+    open_new(settings(tmp_path), "open", {})
+    for name, reason in (("done", "completed"), ("none", "no run"), ("", "no run")):
+        with pytest.raises(ServiceError, match=reason):
+            open_again(settings(tmp_path), name)
+    with pytest.raises(ServiceError, match="TASK"):
+        open_again(settings(tmp_path, task="ecg5000-5class"), "open")

@@ -7,8 +7,7 @@ arrays of the strategy (FedAdam's moments) under names that begin with `@`, all 
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +26,11 @@ from fedfog.messages.codec import (
     encode,
 )
 from fedfog.messages.schemas import Digest, Payload, RoundRecord
+from fedfog.runs import CHECKPOINT_FILE
 
 log = structlog.get_logger()
 
 STRATEGY = "@"
-_FILE = re.compile(r"^round-(\d{6,})\.safetensors$")
 
 
 class CheckpointError(Exception):
@@ -127,26 +126,32 @@ class Checkpoints:
             raise CheckpointError(f"{path}: it holds round {checkpoint.round}")
         return checkpoint
 
-    def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; None if there was never any. Damaged ones are renamed.
+    def newest(self) -> tuple[Checkpoint | None, list[int]]:
+        """The newest one that is whole, None if there was never any; and the rounds of the damaged
+        ones that come after it.
 
         Raises:
             CheckpointError: there are some, but all are damaged.
         """
-        rounds = self._rounds()
-        for round_ in reversed(rounds):
+        damaged: list[int] = []
+        for round_ in reversed(self._rounds()):
             try:
-                return self.load(round_)
+                return self.load(round_), damaged
             except CheckpointError as error:
                 log.error("checkpoint_damaged", error=str(error))
-                if round_ != rounds[0]:
-                    self.path(round_).rename(self.path(round_).with_suffix(".damaged"))
-        if rounds:
+                damaged.append(round_)
+        if damaged:
             raise CheckpointError(
-                f"{self.path(rounds[0])} is damaged, and there is no older checkpoint: restore one "
-                "from a backup, or begin a new run with another RUN_ID"
+                f"{self.path(damaged[-1])} is damaged, and there is no older checkpoint: restore "
+                "one from a backup, or begin a new run with another RUN_ID"
             )
-        return None
+        return None, []
+
+    def set_aside(self, damaged: Iterable[int]) -> None:
+        """Rename damaged ones, so that they are not taken for the newest any more. Raises
+        OSError."""
+        for round_ in damaged:
+            self.path(round_).rename(self.path(round_).with_suffix(".damaged"))
 
     @property
     def last_round(self) -> int:
@@ -166,5 +171,5 @@ class Checkpoints:
     def _rounds(self) -> list[int]:
         if not self._folder.exists():
             return []
-        matches = (_FILE.match(path.name) for path in self._folder.iterdir())
+        matches = (CHECKPOINT_FILE.match(path.name) for path in self._folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)

@@ -21,17 +21,17 @@ log = structlog.get_logger()
 
 
 class HistoryFile:
-    """The history of the run whose name and folder these are.
+    """The history of a run.
 
     `seconds` are those of work on the run before this start.
     """
 
-    def __init__(self, run: str, path: Path) -> None:
+    def __init__(self, info: runs.RunInfo, path: Path) -> None:
         self.initial: Evaluation | None = None
         self.clients: dict[int, int] = {}
         self.regions: set[str] = set()
         self.seconds = 0.0
-        self._run, self._path = run, path
+        self._info, self._path = info, path
         self._evaluations: list[Evaluation] = []
         self._waiting: dict[int, RoundRecord] = {}  # for their evaluation
         self._unwritten: list[bytes] = []
@@ -160,8 +160,9 @@ class HistoryFile:
         return known
 
     def _write(self, body: bytes) -> None:
-        known = runs.History(run=self._run, initial=self.initial)
-        first = known.model_dump_json(include={"run", "initial"}).removesuffix("}")
+        info = self._info
+        known = runs.History(run=info.run, initial=self.initial, rewinds=info.rewound)
+        first = known.model_dump_json(include={"run", "initial", "rewinds"}).removesuffix("}")
         head = f'{first},"rounds":[\n'.encode()
         tail = self._closing()
         write_atomically(self._path, head + body + tail)

@@ -1,7 +1,7 @@
-"""What the supervisor and the ServerApp say to each other over a Unix socket.
+"""What the central server and the ServerApp say to each other over a Unix socket.
 
 JSON of the schemas below, one message per frame; never a pickle. The weights do not travel here:
-the ServerApp writes a checkpoint and says so, and the supervisor publishes what it reads from that
+the ServerApp writes a checkpoint and says so, and the server publishes what it reads from that
 file. The end of the stream tells each side at once that the other one died.
 """
 
@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from fedfog.messages.schemas import Bell, Bridge, Cue, Name, Round
+from fedfog.messages.schemas import Bell, Bridge, Cue, Name, Round, RunId
 
-# Environment of the ServerApp, on top of the settings.
-SOCKET_VARIABLE = "FEDFOG_SUPERVISOR_SOCKET"
-FOLDER_VARIABLE = "FEDFOG_RUN_FOLDER"
+# Environment of the ServerApp: where it reports. Its run's settings come by `Start`.
+SOCKET_VARIABLE = "FEDFOG_SERVER_SOCKET"
 
 
 class Hello(BaseModel):
@@ -59,6 +58,9 @@ class Start(BaseModel):
     """The checkpoint to start from is there."""
 
     kind: Literal["start"] = "start"
+    run: RunId
+    folder: str
+    settings: dict[str, Any]
 
 
 class BridgeHeard(BaseModel):
@@ -75,9 +77,9 @@ class BellHeard(BaseModel):
 FromServerApp = Annotated[
     Hello | Checkpointed | CueWanted | Failed | Logged, Field(discriminator="kind")
 ]
-FromSupervisor = Annotated[Start | BridgeHeard | BellHeard, Field(discriminator="kind")]
+FromServer = Annotated[Start | BridgeHeard | BellHeard, Field(discriminator="kind")]
 from_server_app: TypeAdapter[FromServerApp] = TypeAdapter(FromServerApp)
-from_supervisor: TypeAdapter[FromSupervisor] = TypeAdapter(FromSupervisor)
+from_server: TypeAdapter[FromServer] = TypeAdapter(FromServer)
 
 
 def say(connection: Connection, message: BaseModel) -> None:

@@ -2,12 +2,12 @@
 
 from fedfog import service
 from fedfog.settings import CentralSettings, load
-from fedfog_central_server.supervisor import Supervisor
+from fedfog_central_server.server import CentralServer
 
 
 def main() -> None:
     settings = load(CentralSettings)
-    service.run("central-server", settings, lambda: Supervisor(settings).run())
+    service.run("central-server", settings, lambda: CentralServer(settings).run())
 
 
 if __name__ == "__main__":

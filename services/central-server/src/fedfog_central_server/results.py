@@ -74,17 +74,19 @@ _OWN_DATA = (
 )
 
 
-def summarize(run: Run, status: Status, error: str = "") -> Summary:
+def summarize(run: Run, status: Status, error: str = "", held: bool = False) -> Summary:
     """The summary of what the history has."""
     settings, history = run.info.settings, run.history
     initial, last = history.initial, _newest(history)
     return Summary(
         run=run.info.run,
         status=status,
+        held=held,
         error=error,
         rounds=history.rounds,
         regions=sorted(history.regions),
         clients=[history.clients[number] for number in sorted(history.clients)],
+        rewinds=run.info.rewound,
         test_accuracy=last and last.accuracy,
         test_auroc=last and last.auroc,
         test_macro_f1=last and last.macro_f1,

@@ -1,5 +1,5 @@
 """The Flower ServerApp: strategy, Grid and checkpoints. It runs in a process that SuperExec starts,
-without PyTorch and without MQTT; what it has to say to the fog goes through the supervisor."""
+without PyTorch and without MQTT; what it has to say to the fog goes through the central server."""
 
 import os
 import queue
@@ -27,7 +27,8 @@ from fedfog.flower.strategy import (
 from fedfog.logs import Step
 from fedfog.messages.codec import TensorTable
 from fedfog.messages.schemas import Cue
-from fedfog.settings import CentralSettings, load
+from fedfog.runs import CHECKPOINTS
+from fedfog.settings import CentralSettings
 from fedfog_central_server import link, strategy_state
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
 
@@ -43,19 +44,23 @@ class SaveError(Exception):
     """A checkpoint cannot be written; the text names the path."""
 
 
-class Supervisor:
-    """The supervisor as seen from here; it is the Grid's `Fog`, and takes the log."""
+class Server:
+    """The central server as seen from here; it is the Grid's `Fog`, and takes the log."""
 
-    def __init__(self, path: str, log_level: str) -> None:
+    def __init__(self, path: str) -> None:
         self.events: queue.Queue[FogEvent] = queue.Queue()
-        self.started = threading.Event()
+        self._start: queue.SimpleQueue[link.Start] = queue.SimpleQueue()
         self._connection = Client(path, "AF_UNIX")
         self._lock = threading.Lock()
-        structlog.configure(
-            processors=[structlog.processors.format_exc_info, self._take_line],
-            wrapper_class=structlog.make_filtering_bound_logger(log_level),
-        )
-        threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+        self._log_from("debug")
+        threading.Thread(target=self._listen, name="server", daemon=True).start()
+
+    def wait_for_start(self) -> tuple[link.Start, CentralSettings]:
+        """What is to be done; comes when model 0 is there. The server's end ends the wait, too."""
+        start = self._start.get()
+        settings = CentralSettings(**start.settings)
+        self._log_from(settings.log_level)
+        return start, settings
 
     def say(self, message: BaseModel) -> None:
         with self._lock:
@@ -63,6 +68,12 @@ class Supervisor:
 
     def cue(self, run: str, round_: int) -> None:
         self.say(link.CueWanted(cue=Cue(run=run, round=round_)))
+
+    def _log_from(self, level: str) -> None:
+        structlog.configure(
+            processors=[structlog.processors.format_exc_info, self._take_line],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+        )
 
     def _take_line(self, _logger: object, level: str, line: EventDict) -> EventDict:
         fields = to_jsonable_python(line, fallback=str)
@@ -72,13 +83,13 @@ class Supervisor:
     def _listen(self) -> None:
         while True:
             try:
-                message = link.from_supervisor.validate_json(self._connection.recv_bytes())
+                message = link.from_server.validate_json(self._connection.recv_bytes())
             except (EOFError, OSError):
-                # The supervisor died or gave this process up: whoever resumes the run must be the
+                # The server died or gave this process up: whoever resumes the run must be the
                 # only one to write checkpoints.
                 os._exit(1)
             if isinstance(message, link.Start):
-                self.started.set()
+                self._start.put(message)
             elif isinstance(message, link.BridgeHeard):
                 self.events.put(BridgeSeen(message.region, message.bridge))
             else:
@@ -86,17 +97,17 @@ class Supervisor:
 
 
 class Checkpointer:
-    """Makes each new model a checkpoint and tells the supervisor."""
+    """Makes each new model a checkpoint and tells the server."""
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         table: TensorTable,
         inner: Strategy,
-        supervisor: Supervisor,
+        server: Server,
     ) -> None:
         self._checkpoints, self._table, self._inner = checkpoints, table, inner
-        self._supervisor = supervisor
+        self._server = server
 
     def save(self, model: GlobalModel) -> None:
         """Raises SaveError."""
@@ -115,7 +126,7 @@ class Checkpointer:
         # Also the strategy that goes on continues from what was saved, to the last bit.
         strategy_state.restore(self._inner, state)
         self._write(Checkpoint(record, self._table, model.vector, state))
-        self._supervisor.say(link.Checkpointed(round=model.round))
+        self._server.say(link.Checkpointed(round=model.round))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         path = self._checkpoints.path(checkpoint.round)
@@ -127,7 +138,7 @@ class Checkpointer:
                 if delay is None:
                     raise SaveError(
                         f"the checkpoint {path} cannot be written ({error.strerror}): make room "
-                        "or correct RUNS_DIR, then start the server again; the run goes on then"
+                        "or correct RUNS_DIR, then start the server again or call `fedfog resume`"
                     ) from error
                 log.error(
                     "checkpoint_not_written",
@@ -140,14 +151,13 @@ class Checkpointer:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    settings = load(CentralSettings)
-    supervisor = Supervisor(os.environ[link.SOCKET_VARIABLE], settings.log_level)
-    supervisor.say(link.Hello(flower_run=context.run_id, pid=os.getpid()))
+    server = Server(os.environ[link.SOCKET_VARIABLE])
+    server.say(link.Hello(flower_run=context.run_id, pid=os.getpid()))
     config = context.run_config
     first_round = int(config["first-round"])
     try:
-        supervisor.started.wait()  # for model 0; the supervisor's end ends this wait, too
-        folder = Path(os.environ[link.FOLDER_VARIABLE]) / "checkpoints"
+        told, settings = server.wait_for_start()
+        folder = Path(told.folder) / CHECKPOINTS
         checkpoints = Checkpoints(folder, settings.keep_checkpoints)
         start = checkpoints.load(first_round - 1)
         inner = make_strategy(settings.strategy, settings.min_fit_clients, settings.learning_rate)
@@ -155,22 +165,22 @@ def main(grid: Grid, context: Context) -> None:
         strategy = FogStrategy(
             inner,
             table=start.table,
-            run=str(config["run"]),
+            run=told.run,
             first_round=first_round,
             min_fit=settings.min_fit_clients,
             min_available=settings.min_available_clients,
             regions=settings.region_list,
             regions_timeout=settings.regions_timeout,
             round_timeout=settings.round_timeout,
-            on_model=Checkpointer(checkpoints, start.table, inner, supervisor).save,
+            on_model=Checkpointer(checkpoints, start.table, inner, server).save,
         )
         strategy.run_rounds(
-            FogGrid(grid, supervisor, settings.bridge_grace),
+            FogGrid(grid, server, settings.bridge_grace),
             start.vector,
             int(config["num-server-rounds"]) - first_round + 1,
         )
     except (RegionsError, RoundFailedError, StrategyError, CheckpointError, SaveError) as error:
-        supervisor.say(link.Failed(error=str(error)))
+        server.say(link.Failed(error=str(error)))
         raise
     except Exception:
         log.exception("serverapp_raised")

@@ -1,17 +1,17 @@
-"""The Flower side as seen by the supervisor: the SuperLink's process, the run on it, and the
+"""Flower's processes as seen by the central server: the SuperLink's process, the run on it, and the
 socket on which the run's ServerApp reports.
 
-Everything that happens becomes one of the events below in the supervisor's queue.
+Everything that happens becomes one of the events below in the server's queue.
 """
 
 import os
-import shutil
+import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from multiprocessing.connection import Connection, Listener
@@ -28,9 +28,9 @@ from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.service import ServiceError, spawn
 from fedfog.settings import CentralSettings
 from fedfog_central_server.link import (
-    FOLDER_VARIABLE,
     SOCKET_VARIABLE,
     FromServerApp,
+    Hello,
     from_server_app,
 )
 
@@ -48,11 +48,13 @@ class SuperLinkExited:
 
 @dataclass(frozen=True)
 class Submitted:
+    ticket: int
     flower_run: int
 
 
 @dataclass(frozen=True)
 class SubmitFailed:
+    ticket: int
     reason: str
 
 
@@ -73,31 +75,28 @@ class FlowerTier:
     """Starts and ends the SuperLink, submits runs to it, listens to their ServerApps.
 
     Args:
-        run_folder: where the ServerApp finds the checkpoints.
+        folder: for the socket and Flower's files.
         put: takes the events; called from threads of this object.
     """
 
-    def __init__(
-        self, settings: CentralSettings, run_folder: Path, put: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, settings: CentralSettings, folder: Path, put: Callable[[Any], None]) -> None:
         self._settings, self._put = settings, put
         everywhere = settings.flower_host in ("0.0.0.0", "::")
         host = "127.0.0.1" if everywhere else settings.flower_host
         self._address = f"{host}:{settings.flower_port}"
-        self._folder = Path(tempfile.mkdtemp(prefix="fedfog-"))  # mode 0700
-        path = str(self._folder / "supervisor.sock")
-        self._listener = Listener(path, "AF_UNIX")
+        path = str(folder / "server.sock")
+        self._listener = Listener(path, "AF_UNIX", backlog=8)
+        self._pids: dict[Connection, int] = {}  # of the ServerApps that are connected
         self._environment = {
             **FLOWER_ENVIRONMENT,
-            "FLWR_HOME": str(self._folder / "flower"),
+            "FLWR_HOME": str(folder / "flower"),
             # Flower starts its own commands by name; a virtual environment need not be active.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "ERROR"),
             SOCKET_VARIABLE: path,
-            FOLDER_VARIABLE: str(run_folder.resolve()),
         }
         self._superlink: Popen[bytes] | None = None
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        _in_background(self._accept)
 
     @property
     def alive(self) -> bool:
@@ -119,14 +118,18 @@ class FlowerTier:
         def wait() -> None:
             self._put(SuperLinkExited(process.wait()))
 
-        threading.Thread(target=wait, name="superlink", daemon=True).start()
+        _in_background(wait)
 
-    def submit(self, run: str, first_round: int, rounds: int, replaces: int | None = None) -> None:
+    def submit(
+        self, ticket: int, run: str, first_round: int, rounds: int, replaces: int | None = None
+    ) -> None:
         """Have rounds `first_round` to `rounds` done; begins when the SuperLink is up."""
         config = {"run": run, "first-round": first_round, "num-server-rounds": rounds}
-        threading.Thread(
-            target=self._submit, args=(config, replaces), name="submit", daemon=True
-        ).start()
+        _in_background(self._submit, ticket, config, replaces)
+
+    def stop_run(self, flower_run: int) -> None:
+        """Have Flower forget a run."""
+        _in_background(self._stop, flower_run)
 
     def terminate(self) -> None:
         """Ask the SuperLink to end; SuperLinkExited follows."""
@@ -146,17 +149,20 @@ class FlowerTier:
             process.kill()
             process.wait()
 
-    @staticmethod
-    def hang_up(connection: Connection) -> None:
+    def hang_up(self, connection: Connection) -> None:
         """End the ServerApp at the other end; HungUp follows."""
         # A close would not be noticed by the thread that reads from it, nor by the other side.
-        with socket.socket(fileno=os.dup(connection.fileno())) as stream:
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as stream:
             stream.shutdown(socket.SHUT_RDWR)
+        # One that is stopped (SIGSTOP) would write another checkpoint when it is continued.
+        with suppress(ProcessLookupError, KeyError):
+            os.kill(self._pids[connection], signal.SIGKILL)
 
     def close(self) -> None:
+        for connection in list(self._pids):
+            self.hang_up(connection)
         self.end_superlink()
         self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait_for_port(self) -> None:
         """A SuperLink that died a moment ago may still hold it. Somebody else's would take our
@@ -182,7 +188,7 @@ class FlowerTier:
 
     # Threads
 
-    def _submit(self, config: dict[str, str | int], replaces: int | None) -> None:
+    def _submit(self, ticket: int, config: dict[str, str | int], replaces: int | None) -> None:
         # Imported here, in parallel with the SuperLink's start: it costs 0.7 s of a core.
         from fedfog.flower import fleet
 
@@ -190,14 +196,19 @@ class FlowerTier:
             if not self._healthy():
                 return
             if replaces is not None:
-                try:
-                    fleet.stop_run(self._address, replaces)
-                except fleet.ControlError as error:
-                    log.debug("flower_run_not_stopped", run=replaces, reason=str(error))
+                self._stop(replaces)
             with as_file(files("fedfog.flower") / "app") as folder:
-                self._put(Submitted(fleet.submit_run(self._address, folder, config)))
+                self._put(Submitted(ticket, fleet.submit_run(self._address, folder, config)))
         except (fleet.ControlError, OSError) as error:
-            self._put(SubmitFailed(str(error)))
+            self._put(SubmitFailed(ticket, str(error)))
+
+    def _stop(self, flower_run: int) -> None:
+        from fedfog.flower import fleet
+
+        try:
+            fleet.stop_run(self._address, flower_run)
+        except fleet.ControlError as error:
+            log.debug("flower_run_not_stopped", run=flower_run, reason=str(error))
 
     def _healthy(self) -> bool:
         """Wait for the SuperLink; False if it has ended, which is an event of its own."""
@@ -219,9 +230,7 @@ class FlowerTier:
                 connection = self._listener.accept()
             except OSError:
                 return  # closed
-            threading.Thread(
-                target=self._listen, args=(connection,), name="serverapp", daemon=True
-            ).start()
+            _in_background(self._listen, connection)
 
     def _listen(self, connection: Connection) -> None:
         while True:
@@ -232,5 +241,12 @@ class FlowerTier:
             except ValidationError as error:
                 log.error("serverapp_not_understood", error=str(error))
                 break
+            if isinstance(message, Hello):
+                self._pids[connection] = message.pid
             self._put(Said(connection, message))
+        self._pids.pop(connection, None)
         self._put(HungUp(connection))
+
+
+def _in_background(work: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=work, args=arguments, name=work.__name__, daemon=True).start()
