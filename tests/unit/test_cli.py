@@ -6,7 +6,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["monitor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["monitor"], ["run"], ["runs"], ["stop"], ["resume"]]
+)
 def test_help_tells_the_options_without_loading_a_framework(command: list[str]) -> None:
     script = f"""
 import sys
@@ -26,7 +28,12 @@ finally:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["demo", "--clients", "0"], ["demo", "--broker", "other"], ["demo", "--rounds", "many"]],
+    [
+        ["demo", "--clients", "0"],
+        ["demo", "--broker", "other"],
+        ["demo", "--rounds", "many"],
+        ["run", "--rounds", "0"],
+    ],
 )
 def test_impossible_option_is_named(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "fedfog.cli.main", *arguments]

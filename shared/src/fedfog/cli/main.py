@@ -83,5 +83,84 @@ def monitor(
     raise typer.Exit(command.run(topic_filter or []))
 
 
+RunsDir = Annotated[
+    Path, typer.Option(envvar="RUNS_DIR", help="folder of the results of the server's runs")
+]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="tell each round, until the end")]
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Option(help="of the run; default: now")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="global rounds")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="of weights, partition and shuffling")
+    ] = None,
+    local_epochs: Annotated[
+        int | None, typer.Option(min=1, help="epochs of a client in a round")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="examples per training step")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of the clients' Adam")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Flower strategy that averages the regions")
+    ] = None,
+    follow: Follow = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Begin a run on a central server that stands.
+
+    What is not given here is as in the server's environment. The task cannot be chosen: the
+    clients have it from theirs (TASK).
+    """
+    from fedfog.cli import runs as command
+
+    chosen = {
+        "rounds": rounds,
+        "seed": seed,
+        "local_epochs": local_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "strategy": strategy,
+    }
+    given = {key: value for key, value in chosen.items() if value is not None}
+    raise typer.Exit(command.run(runs_dir, name, given, follow))
+
+
+@app.command()
+def runs(runs_dir: RunsDir = Path("runs")) -> None:
+    """List all runs. Needs no server."""
+    from fedfog.cli import runs as command
+
+    raise typer.Exit(command.show(runs_dir))
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(help="of the run; default: the present one")] = "",
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Stop the present run. It goes on with `fedfog resume`; a restart of the server leaves it.
+
+    (With EXIT_WHEN_FINISHED the server ends, and the next start goes on with the run.)
+    """
+    from fedfog.cli import runs as command
+
+    raise typer.Exit(command.stop(runs_dir, name))
+
+
+@app.command()
+def resume(
+    name: Annotated[str, typer.Argument(help="of a run that is not completed")],
+    follow: Follow = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Go on with a run that was stopped, has failed or was interrupted, where it was."""
+    from fedfog.cli import runs as command
+
+    raise typer.Exit(command.resume(runs_dir, name, follow))
+
+
 if __name__ == "__main__":
     app()
