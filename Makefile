@@ -3,6 +3,7 @@ CLIENTS ?= 3
 ROUNDS ?= 3
 REGIONS ?= 1
 SEED ?= 42
+SECONDS ?= 120
 
 VENV ?= .venv
 # The first interpreter that is new enough; name another with `make env PYTHON=...`.
@@ -17,7 +18,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-compose lint bench docs clean
+.PHONY: help env demo test test-compose chaos lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test: env ## all tests that need no Docker
 
 test-compose: env ## the tests of images and compose file; needs a Docker engine with Compose
 	$(VENV)/bin/pytest -m compose
+
+chaos: env ## kill and cut everything for SECONDS=120 after a schedule of SEED=42; is anything lost?
+	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED)
 
 lint: env ## style, types and layers
 	$(VENV)/bin/ruff check

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from chaos.ledger import Happened, Ledger, RunFolder, recovery
-from chaos.proxy import Link, Proxy
+from chaos.proxy import Link, Proxy, Sighting
 from chaos.schedule import BROKER, FLOWER, SERVER, Fault
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.service import die_with, spawn
@@ -301,6 +301,19 @@ class Federation:
         self.say(f"{fault.kind} {fault.target} {fault.seconds:g} s")
         self._open.append(_Open(fault, now, now + fault.seconds, heal))
 
+    def when(self, seen: Callable[[Sighting], bool], *faults: Fault) -> threading.Event:
+        """Begin faults at the first message that is `seen`, before it goes on."""
+        done = threading.Event()
+
+        def look(sighting: Sighting) -> None:
+            if not done.is_set() and seen(sighting):
+                done.set()
+                for fault in faults:
+                    self.inject(fault)
+
+        self.proxy.on_publish = look
+        return done
+
     def _hurt(self, fault: Fault) -> Callable[[], None] | None:
         kind, _, what = fault.kind.partition("-")
         if kind in _SIGNALS:
@@ -393,12 +406,12 @@ class Federation:
         """Carry out a schedule, heal all, and have the present run end. Raises TimeoutError."""
         began = time.monotonic()
         for fault in faults:
-            self._pass_time(began + fault.at)
+            self.pass_time(began + fault.at)
             self.inject(fault)
-        self._pass_time(began + seconds)
+        self.pass_time(began + seconds)
         self.finish()
 
-    def _pass_time(self, until: float) -> None:
+    def pass_time(self, until: float) -> None:
         self.until(lambda: time.monotonic() >= until, math.inf, "time passes")
 
     def finish(self) -> None:
@@ -436,7 +449,11 @@ class Federation:
         shutil.rmtree(self._private, ignore_errors=True)
 
     def ledger(self) -> Ledger:
-        folders = sorted(p for p in (self.folder / "runs").iterdir() if not p.is_symlink())
+        folders = sorted(
+            path.parent
+            for path in (self.folder / "runs").glob("*/settings.json")
+            if not path.parent.is_symlink()
+        )
         runs = [RunFolder.read(folder) for folder in folders]
         return Ledger(self.proxy.log, runs, self.happened)
 

@@ -14,7 +14,6 @@ A promise that was broken is a `Breach` of one of these kinds:
 - `rejected`: an update of our own clients was refused.
 """
 
-import json
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -39,12 +38,14 @@ from fedfog.messages.schemas import (
     Verdict,
 )
 from fedfog.messages.topics import Topics
+from fedfog.runs import History, RunInfo, Summary
+from fedfog.runs import Status as RunStatus
 
 TOPICS = Topics()
 # How long a fault has effects after it was healed: a process boots again, and nothing tells of a
 # half-open connection but the keep-alive (15 s, noticed at most 1.5 times later).
 AFTERMATH, HALF_OPEN_SECONDS = 8.0, 25.0
-REPEAT_SECONDS = 10.0
+REPEAT_SECONDS = 6.0
 
 
 class UpdateId(NamedTuple):
@@ -97,22 +98,16 @@ class RunFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "RunFolder":
-        def load(name: str) -> dict[str, object]:
-            path = folder / name
-            return dict(json.loads(path.read_text())) if path.exists() else {}
-
-        info, history, model = load("settings.json"), load("history.json"), None
+        info = RunInfo.model_validate_json((folder / "settings.json").read_bytes())
+        completed, rounds, final = False, [], None
+        if (path := folder / "summary.json").exists():
+            summary = Summary.model_validate_json(path.read_bytes())
+            completed = summary.status is RunStatus.COMPLETED
+        if (path := folder / "history.json").exists():
+            rounds = History.model_validate_json(path.read_bytes()).rounds
         if (path := folder / "model.safetensors").exists():
-            model = digest_of(decode(path.read_bytes(), ModelMeta).vector)
-        rounds = history.get("rounds", [])
-        assert isinstance(rounds, list)
-        return cls(
-            str(info["run"]),
-            int(str(info.get("rewinds", 0))),
-            load("summary.json").get("status") == "completed",
-            tuple(RoundRecord.model_validate_json(json.dumps(r)) for r in rounds),
-            model,
-        )
+            final = digest_of(decode(path.read_bytes(), ModelMeta).vector)
+        return cls(info.run, info.rewinds, completed, tuple(rounds), final)
 
     def wire_id(self, rewinds: int) -> str:
         """The run's id on the wire after so many steps back to an older checkpoint."""

@@ -148,6 +148,8 @@ class Link:
                 self._pump(connection, reader, to_server, up=True),
                 self._pump(connection, from_server, writer, up=False),
             )
+        except asyncio.CancelledError:  # the proxy is closed
+            connection.reset()
         finally:
             self._connections.discard(connection)
 
@@ -253,8 +255,11 @@ class Proxy:
         return link
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have it called in the proxy's thread."""
-        self._loop.call_soon_threadsafe(function)
+        """Have it called in the proxy's thread; from there, at once."""
+        if threading.current_thread() is self._thread:
+            function()
+        else:
+            self._loop.call_soon_threadsafe(function)
 
     def note(self, service: str, up: bool, publish: mqtt5.Publish, passed: bool) -> None:
         payload = self._payloads.setdefault(publish.payload, publish.payload)
@@ -264,5 +269,13 @@ class Proxy:
             self.on_publish(sighting)
 
     def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(10)
         self.call(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
+
+    async def _end_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
