@@ -1,0 +1,255 @@
+"""Every file that a service starts from, cut off or filled with zeros at any byte, as a power loss
+may leave it: what is read then is what was written, or it is refused and the log says what to do.
+
+Files are replaced atomically and synced, so this takes a disk that does not keep its word."""
+
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from centre import lines
+from conftest import Service
+from fedfog import health
+from fedfog.cli.broker import LocalBroker
+from fedfog.core.slots import SlotTable
+from fedfog.files import next_boot
+from fedfog.messages.schemas import PartialMeta, RoundRecord
+from fedfog.settings import ClientSettings
+from fedfog_aggregator.store import PartialStore, StoreError
+from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from fedfog_client.main import client_id_of
+from fedfog_client.outbox import Outbox
+from flower import partial
+from wire import TABLE, constant, update
+
+Services = Callable[..., Service]
+
+
+def damaged(data: bytes, *boundaries: int) -> Iterator[bytes]:
+    """`data` without its end, or with zeros there: from each byte of a short file, of a long one
+    from each of the boundaries and a hundred others."""
+    cuts = set(range(len(data)))
+    if len(data) > 500:
+        random = Random(len(data)).sample(range(len(data)), 100)
+        cuts &= {0, 1, 2, len(data) - 1, *boundaries, *random}
+    for cut in sorted(cuts):
+        yield data[:cut]
+        zeroed = data[:cut] + bytes(len(data) - cut)
+        if zeroed != data:
+            yield zeroed
+
+
+def test_boot_ids_rise_whatever_has_become_of_their_file(tmp_path: Path) -> None:
+    before = int(time.time())
+    file = tmp_path / "boot"
+    for data in damaged(str(before).encode()):
+        file.write_bytes(data)
+        boot = next_boot(tmp_path)
+        assert boot >= before  # the clock has not been put back meanwhile
+        assert next_boot(tmp_path) > boot
+    file.write_text("not a number")
+    assert next_boot(tmp_path) >= before
+
+
+def test_client_keeps_one_name_and_has_its_own_while_it_owes_an_update(tmp_path: Path) -> None:
+    settings = ClientSettings(state_dir=tmp_path)
+    file, name = tmp_path / "client_id", client_id_of(settings)
+    whole = file.read_bytes()
+    for data in damaged(whole):
+        file.write_bytes(data)
+        now = client_id_of(settings)
+        assert now != name
+        assert len(now) == len(name)
+        assert client_id_of(settings) == now
+    Outbox(tmp_path).put(update(constant(1), constant(2), name))
+    for data in damaged(whole):
+        file.write_bytes(data)
+        assert client_id_of(settings) == name
+    file.unlink()
+    assert client_id_of(settings) == name
+
+
+def test_outbox_gives_back_what_was_put_in_or_nothing(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    payload = update(constant(1), constant(2), "c1")
+    outbox.put(payload)
+    again = Outbox(tmp_path)
+    meta = again.load()
+    assert meta is not None
+    assert (meta.client, again.payload) == ("c1", payload)
+    header = 32 + 8 + int.from_bytes(payload[:8], "little")
+    for data in damaged(outbox.path.read_bytes(), 31, 32, 33, 39, 40, 41, header - 1, header):
+        outbox.path.write_bytes(data)
+        again = Outbox(tmp_path)
+        assert again.load() is None
+        assert again.payload is None
+        assert not outbox.path.exists()
+
+
+# The aggregator's store
+
+SLOTS = {"a": 0, "c": 1}
+
+
+def round_of(store: PartialStore, round: int) -> None:
+    slots = SlotTable("run", 2, dict(SLOTS))
+    store.save_cohort("run", round, frozenset(SLOTS), slots, keep=2)
+    store.commit("run", round, partial(round, round, parameters=3000), {"c": 10})
+
+
+def read(folder: Path) -> tuple[object, ...]:
+    """All that an aggregator reads at its start. Raises StoreError."""
+    store = PartialStore(folder)
+    try:
+        rounds = [(store.partial("run", r), store.stored("run", r)) for r in range(1, 5)]
+        return rounds, store.slots("run")
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """STATE_DIR of an aggregator that was killed after three rounds."""
+    folder = tmp_path / "state"
+    store = PartialStore(folder)
+    next_boot(folder)
+    for round in (1, 2, 3):
+        round_of(store, round)
+    store.close()
+    return folder
+
+
+def outcomes(state: Path, file: str, *boundaries: int) -> tuple[list[tuple[object, ...]], int]:
+    """What is read after each damage of a file of the store, and how often it was refused."""
+    answers, refused = [], 0
+    copy = state.with_name("copy")
+    for data in damaged((state / file).read_bytes(), *boundaries):
+        shutil.copytree(state, copy)
+        (copy / file).write_bytes(data)
+        try:
+            answers.append(read(copy))
+        except StoreError as error:
+            refused += 1
+            assert str(copy / "aggregator.db") in str(error)
+            assert "from a backup" in str(error)
+        shutil.rmtree(copy)
+    return answers, refused
+
+
+def test_damaged_store_is_refused_or_whole(state: Path) -> None:
+    """A page in which nothing is may well be cut off."""
+    whole = read(state)
+    answers, refused = outcomes(state, "aggregator.db", 16, 99, 100, 101, 4095, 4096, 4097, 8192)
+    assert refused > 200
+    assert all(answer == whole for answer in answers)
+
+
+def test_store_that_is_gone_is_not_begun_anew(state: Path) -> None:
+    (state / "aggregator.db").unlink()
+    with pytest.raises(StoreError, match=r"aggregator\.db .* empty or gone"):
+        PartialStore(state)
+
+
+def test_power_loss_in_a_commit_leaves_the_rounds_before(state: Path) -> None:
+    """With SQLite's journal, which a power loss leaves behind, it is as if the commit had not
+    begun. With a journal that is damaged, too, the store is refused or as it was."""
+    before = read(state)
+    live = state.with_name("live")
+    database = sqlite3.connect(state / "aggregator.db")
+    database.execute("pragma journal_mode = truncate")
+    database.execute("pragma cache_size = 1")  # pages go to the disk long before the commit
+    database.execute("delete from partial where round < 3")
+    values = ("run", 4, partial(4, 4, parameters=30_000), json.dumps({"c": 10}))
+    database.execute("insert into partial values (?, ?, ?, ?)", values)
+    shutil.copytree(state, live)
+    database.rollback()
+    database.close()
+    assert (live / "aggregator.db").read_bytes() != (state / "aggregator.db").read_bytes()
+    journal = (live / "aggregator.db-journal").read_bytes()
+    assert read(shutil.copytree(live, state.with_name("recovered"))) == before
+    answers, refused = outcomes(live, "aggregator.db-journal", 8, 12, 27, 28, 511, 512, 513)
+    assert len(journal) > 4096
+    assert refused > 0
+    assert all(answer == before for answer in answers)
+
+
+def test_aggregator_with_a_damaged_store_says_what_to_do(
+    state: Path, services: Services, broker: LocalBroker
+) -> None:
+    database = state / "aggregator.db"
+    database.write_bytes(database.read_bytes()[:5000])
+    service = services("fedfog_aggregator.main", broker, state_dir=state)
+    assert service.wait() == 1
+    [failed] = lines(service, "service_failed")
+    assert str(database) in failed["error"]
+    assert "Traceback" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("module", ["fedfog_aggregator.main", "fedfog_bridge.main"])
+def test_service_goes_on_with_a_damaged_boot_file(
+    services: Services, broker: LocalBroker, tmp_path: Path, module: str
+) -> None:
+    first = services(module, broker)
+    first.wait_for_log("mqtt_connected")
+    first.kill()
+    (tmp_path / module / "state" / "boot").write_bytes(bytes(10))
+    again = services(module, broker)
+    again.wait_for_log("mqtt_connected")
+    [damage] = lines(again, "boot_file_damaged")
+    assert damage["path"].endswith("state/boot")
+    assert again.stop() == 0
+
+
+# The central server's runs
+
+
+def checkpoint(round: int) -> Checkpoint:
+    meta = PartialMeta.model_validate(
+        {
+            "run": "run",
+            "round": round,
+            "region": "region_0",
+            "digest": "0" * 64,
+            "num_clients": 1,
+            "num_examples": 7,
+            "members": {"c": 7},
+            "metrics": {"train_loss": 0.5},
+        }
+    )
+    regions = {"region_0": meta} if round else {}
+    record = RoundRecord(
+        run="run", round=round, regions=regions, num_clients=len(regions), num_examples=7 * round
+    )
+    return Checkpoint(record, TABLE, constant(round), {"m_t/bias": constant(0.5, 3)})
+
+
+def test_damaged_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(checkpoint(2))
+    path = checkpoints.path(2)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for bad in damaged(data, 7, 8, 9, header - 1, header, header + 1):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="round-000002"):
+            checkpoints.load(2)
+
+
+# Health
+
+
+def test_damaged_health_file_is_an_answer_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "health"
+    monkeypatch.setenv("HEALTH_FILE", str(file))
+    for data in (*damaged(b"ready"), b"\xff\xfe"):
+        file.write_bytes(data)
+        assert health.main("ready") == 1
+        assert health.main("live") == 0
