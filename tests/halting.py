@@ -43,14 +43,18 @@ class Halt:
         temporary.replace(self._file)
         return self
 
-    def kill_there(self, service: Service, timeout: float = 60.0) -> None:
-        """Wait until the service is halted, then SIGKILL it and all its children."""
+    def wait(self, service: Service, timeout: float = 60.0) -> None:
+        """Wait until the service is halted."""
         deadline = time.monotonic() + timeout
         while not self._reached.exists():
             assert service.process.poll() is None, service.log.read_text()[-3000:]
             assert time.monotonic() < deadline, f"not halted: {service.log.read_text()[-3000:]}"
             time.sleep(0.01)
         self._reached.unlink()
+
+    def kill_there(self, service: Service) -> None:
+        """Wait until the service is halted, then SIGKILL it and all its children."""
+        self.wait(service)
         kill_all(service)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from centre import LIMIT, Centre, expected
+from centre import Region as PlayedRegion
 from conftest import REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector, decode
@@ -14,7 +16,7 @@ from fedfog.messages.schemas import Receipt, RegionReceipt, Slot, Status, Update
 from fedfog.ml.task import load_task
 from fedfog.ml.training import state_arrays
 from flower import SuperLink, partial, publish_partial
-from halting import Halt
+from halting import Halt, kill_all
 from region import Region
 from wire import birth, constant, model, update
 
@@ -262,3 +264,106 @@ def test_bridge_killed(
     assert [r["model"][0] for r in rounds] == [1.5, 3.5]
     assert [r["record"]["left_out"] for r in rounds] == [{}, {}]
     run.wait_state("finished:completed")
+
+
+# Central server
+
+SAVE = "fedfog_central_server.checkpoints:Checkpoints.save"
+RENAME = "pathlib:Path.replace"
+# Where, and what there is of the round then: a checkpoint, a published model.
+INSTANTS = [
+    pytest.param("", "", "", False, False, id="while it waits for partials"),
+    pytest.param(SAVE, "before", "", False, False, id="after aggregation, before the checkpoint"),
+    pytest.param(RENAME, "before", r"round-\d+", False, False, id="while it writes the checkpoint"),
+    pytest.param(SAVE, "after", "", True, False, id="after the checkpoint, before it is told"),
+    pytest.param(PUBLISH, "before", "global_model$", True, False, id="before it publishes"),
+    pytest.param(PUBLISH, "after", "global_model$", True, True, id="after it published"),
+]
+
+
+class LongRun:
+    """One run of a central server that is killed in each of its rounds but the last."""
+
+    def __init__(self, folder: Path, broker: LocalBroker) -> None:
+        self.broker, self.halt = broker, Halt(folder / "halt", SAVE, RENAME, PUBLISH)
+        self._folder, self._started = folder, list[Service]()
+        self.centre = Centre(
+            self._service, broker, folder, rounds=len(INSTANTS) + 1, task="chaos.task:Tiny"
+        )
+        self.region = PlayedRegion(broker.port, allowed=0)
+        self.round = 1
+        self.bridge = self.centre.bridge()
+        self.start()
+
+    def _service(self, module: str, broker: LocalBroker, name: str, **settings: object) -> Service:
+        folder = self._folder / name
+        env = {key.upper(): str(value) for key, value in settings.items()}
+        env |= {"MQTT_PORT": str(broker.port), "STATE_DIR": str(folder / "state")}
+        env["HEALTH_FILE"] = str(folder / "health")
+        self._started.append(Service(module, folder, env))
+        return self._started[-1]
+
+    def start(self) -> None:
+        self.server = self.centre.start(**self.halt.settings)
+
+    def published(self, round: int) -> None:
+        """Wait until this start of the server has published model `round`."""
+        self.server.wait_for_log(rf'step_7.*"round": "{round}/|"round": "{round}/.*step_7', LIMIT)
+
+    def close(self) -> None:
+        for service in self._started:
+            if service.process.poll() is None:
+                kill_all(service)
+        self.region.close()
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LongRun]:
+    folder = tmp_path_factory.mktemp("centre")
+    broker = LocalBroker(folder / "broker", "mosquitto").start()
+    run = LongRun(folder, broker)
+    yield run
+    run.close()
+    broker.stop()
+
+
+@pytest.mark.parametrize(("site", "when", "pattern", "saved", "seen"), INSTANTS)
+def test_central_server_killed(
+    long_run: LongRun, site: str, when: str, pattern: str, saved: bool, seen: bool
+) -> None:
+    """The round in which it is killed gives the right model when it is started again; the last
+    test is that the run ends right after all these kills."""
+    run, round = long_run, long_run.round
+    run.published(round - 1)
+    asked = rf'train_message.*"round": {round}\b|"round": {round}\b.*train_message'
+    run.bridge.wait_for_log(asked, LIMIT)
+    if site:
+        run.halt.arm(site, when, pattern)
+        run.region.allow(round)
+        run.halt.wait(run.server)
+        if seen:  # what was handed to the network thread is on the wire
+            run.region.model(round)
+    checkpoint = run.centre.folder / "checkpoints" / f"round-{round:06}.safetensors"
+    assert (checkpoint.exists(), round in run.region.models) == (saved, seen)
+    kill_all(run.server)
+    run.region.allow(round)
+
+    run.start()
+    run.published(round)
+    assert run.region.model(round).vector.tobytes() == expected(run.region.models[0], round)
+    assert len({model.meta.run for model in run.region.models.values()}) == 1
+    run.round += 1
+
+
+def test_run_of_a_central_server_that_was_killed_at_each_instant_ends_right(
+    long_run: LongRun,
+) -> None:
+    run, last = long_run, len(INSTANTS) + 1
+    run.region.allow(last)
+    assert run.server.wait(LIMIT) == 0
+    assert run.region.model(last).vector.tobytes() == expected(run.region.models[0], last)
+    rounds = run.centre.read("history.json")["rounds"]
+    assert [record["round"] for record in rounds] == list(range(1, last + 1))
+    assert [record["regions"].keys() for record in rounds] == [{"region_0"}] * last
+    summary = run.centre.read("summary.json")
+    assert (summary["status"], summary["rounds"]) == ("completed", last)
