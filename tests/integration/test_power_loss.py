@@ -19,10 +19,14 @@ from fedfog import health
 from fedfog.cli.broker import LocalBroker
 from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
-from fedfog.messages.schemas import PartialMeta, RoundRecord
-from fedfog.settings import ClientSettings
+from fedfog.messages.schemas import Evaluation, PartialMeta, RoundRecord
+from fedfog.runs import Status
+from fedfog.service import ServiceError
+from fedfog.settings import CentralSettings, ClientSettings
 from fedfog_aggregator.store import PartialStore, StoreError
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from fedfog_central_server.results import save_summary, summarize
+from fedfog_central_server.runs import Run, open_at_start
 from fedfog_client.main import client_id_of
 from fedfog_client.outbox import Outbox
 from flower import partial
@@ -239,6 +243,92 @@ def test_damaged_checkpoint_is_never_loaded(tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="round-000002"):
             checkpoints.load(2)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> CentralSettings:
+    """RUNS_DIR of a central server that ended its run with an error after three rounds."""
+    settings = CentralSettings(runs_dir=tmp_path / "runs", run_id="run")
+    run = open_at_start(settings)
+    assert run is not None
+    run.recover()
+    for round in range(4):
+        saved = checkpoint(round)
+        run.checkpoints.save(saved)
+        run.history.add(saved.record)
+        run.history.evaluated(round, evaluation(round), 0.0)
+        run.history.save(1.0)
+    save_summary(run, summarize(run, Status.FAILED, "the disk is full"))
+    return settings
+
+
+def evaluation(round: int) -> Evaluation:
+    return Evaluation(
+        round=round,
+        num_examples=8,
+        loss=0.5,
+        accuracy=0.5 + round / 100,
+        auroc=0.5,
+        macro_f1=0.5,
+        confusion_matrix=[[4, 0], [0, 4]],
+    )
+
+
+def taken_up(settings: CentralSettings) -> tuple[Run, Checkpoint]:
+    """The run of a start and the checkpoint that it goes on from. Raises ServiceError."""
+    run = open_at_start(settings)
+    assert run is not None
+    found = run.recover()
+    assert found is not None
+    return run, found
+
+
+def each_damage(settings: CentralSettings, file: str) -> Iterator[CentralSettings]:
+    """Copies of RUNS_DIR, with each damage of one file of its run."""
+    copy = settings.runs_dir.with_name("copy")
+    for data in damaged((settings.runs_dir / "run" / file).read_bytes()):
+        shutil.copytree(settings.runs_dir, copy, symlinks=True)
+        (copy / "run" / file).write_bytes(data)
+        yield settings.model_copy(update={"runs_dir": copy})
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("file", ["history.json", "summary.json"])
+def test_run_goes_on_whatever_has_become_of_its_results(runs: CentralSettings, file: str) -> None:
+    """The records of the newest rounds are in the checkpoints, too. What is known of evaluations
+    is right, and no round stands twice."""
+    for settings in each_damage(runs, file):
+        run, found = taken_up(settings)
+        assert (run.id, found.round) == ("run", 3)
+        assert found.vector.tobytes() == constant(3).tobytes()
+        assert set(run.history.clients) >= {1, 2, 3}
+        known = run.history.evaluations
+        assert known == [evaluation(e.round) for e in known]
+        assert len({e.round for e in known}) == len(known)
+        json.loads((run.folder / "history.json").read_text())
+
+
+def test_damaged_newest_checkpoint_is_gone_back_behind_under_a_new_id(
+    runs: CentralSettings,
+) -> None:
+    for settings in each_damage(runs, "checkpoints/round-000003.safetensors"):
+        run, found = taken_up(settings)
+        assert (run.id, found.round) == ("run-r1", 2)
+        assert found.vector.tobytes() == constant(2).tobytes()
+        assert run.history.rounds == 2
+
+
+def test_damaged_settings_of_a_run_are_refused(runs: CentralSettings) -> None:
+    for settings in each_damage(runs, "settings.json"):
+        with pytest.raises(ServiceError, match=r"settings\.json is damaged: .*RUN_ID"):
+            taken_up(settings)
+
+
+def test_without_the_link_to_the_newest_run_it_is_found_by_its_name(runs: CentralSettings) -> None:
+    (runs.runs_dir / "latest").unlink()
+    run, found = taken_up(runs)
+    assert (run.id, found.round) == ("run", 3)
+    assert (runs.runs_dir / "latest").resolve() == run.folder
 
 
 # Health
