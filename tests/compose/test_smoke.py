@@ -130,6 +130,24 @@ class TestStandingStack:
             monitor.send_signal(signal.SIGINT)
         assert shown
 
+    def test_a_run_with_other_settings_is_begun_by_a_command(
+        self, standing: Project, peer: Peer
+    ) -> None:
+        def finished(_topic: str, payload: bytes) -> bool:
+            return decode_meta(payload, ModelMeta).state is RunState.FINISHED
+
+        first = decode_meta(peer.wait_for(finished, timeout=120), ModelMeta).run
+        fedfog = ("exec", "--no-TTY", "central-server", "fedfog")
+        options = ("--name", "by-command", "--rounds", "1", "--seed", "7", "--follow")
+        said = standing.ok(*fedfog, "run", *options).decode()
+        assert "Run by-command completed, 1 of 1 rounds done" in said
+        summary = standing.result("summary.json")
+        assert (summary["run"], summary["seed"]) == ("by-command", 7)
+        assert summary["clients"] == [2]
+        listed = standing.ok(*fedfog, "runs").decode()
+        assert first in listed
+        assert "by-command" in listed
+
     def test_restart_of_the_server_begins_the_next_run_with_the_clients_that_stand(
         self, standing: Project, peer: Peer
     ) -> None:

@@ -1,6 +1,7 @@
 """A central server that stands: runs are begun, stopped and resumed by commands, and what hangs is
 noticed. Real broker, SuperLink and bridge; clients and aggregator are played."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -260,16 +261,14 @@ def test_a_server_app_that_is_silent_for_too_long_is_replaced(stack: Callable[..
 
 
 def test_model_0_waits_for_room_on_the_disk(stack: Callable[..., Stack]) -> None:
-    """The folder is made unusable, as by a full disk; the run goes on when it is repaired."""
+    """Its file cannot be written, as on a full disk; the run goes on when it can."""
     here = stack(allowed=9, run_id="mine")
-    checkpoints = here.centre.runs / "mine" / "checkpoints"
-    checkpoints.parent.mkdir(parents=True)
-    checkpoints.write_text("not a folder")
+    path = here.centre.runs / "mine" / "checkpoints" / "round-000000.safetensors"
+    (obstacle := path.with_name(f".{path.name}.tmp")).mkdir(parents=True)
     server = here.centre.start()
-    problem = server.wait_for_log("checkpoint_not_written", LIMIT)
-    assert str(checkpoints / "round-000000.safetensors") in problem
+    assert str(path) in server.wait_for_log("checkpoint_not_written", LIMIT)
     assert not here.region.of_run
-    checkpoints.unlink()
+    obstacle.rmdir()
     server.wait_for_log("run_completed", LIMIT)
     assert here.region.model_of("mine", 2).vector.tobytes() == expected(
         here.region.of_run["mine", 0], 2
@@ -293,3 +292,31 @@ def test_only_the_owner_can_reach_the_socket(stack: Callable[..., Stack]) -> Non
     socket = Path((here.centre.runs / ".control").read_text())
     assert len(str(socket)) < 100
     assert socket.parent.stat().st_mode & 0o077 == 0
+
+
+def test_real_clients_and_aggregator_go_from_run_to_run_and_back(
+    services: Callable[..., Service], broker: LocalBroker, tmp_path: Path
+) -> None:
+    """No update of one run is counted in another: each partial has the members of its own round."""
+    centre = Centre(services, broker, tmp_path, rounds=3, run_id="older", exit_when_finished=False)
+    here = Stack(centre, ManyRuns(broker.port, allowed=-1))
+    services("fedfog_aggregator.main", broker, "aggregator", clients_expected=2)
+    for name in ("a", "b"):
+        services("fedfog_client.main", broker, name, client_id=name)
+    server = centre.start(local_epochs=40)
+    here.region.model_of("older", 1)
+    here.ok("stop")
+    here.ok("run", "--name", "between", "--rounds", "2", "--local-epochs", "1", "--follow")
+    assert "Run older completed, 3 of 3" in here.ok("resume", "older", "--follow")
+    for name, rounds in (("older", 3), ("between", 2)):
+        history = json.loads((centre.runs / name / "history.json").read_text())
+        partials = [record["regions"]["region_0"] for record in history["rounds"]]
+        assert [partial["round"] for partial in partials] == list(range(1, rounds + 1))
+        for partial in partials:
+            assert sorted(partial["members"]) == ["a", "b"]
+            assert partial["run"].startswith(name)
+    back = here.region.of_run["older-r1", 1]
+    assert back.meta.digest == here.region.of_run["older", 1].meta.digest
+    assert back.meta.hyperparameters.local_epochs == 40
+    assert server.stop() == 0
+    here.region.close()
