@@ -20,16 +20,19 @@ from typing import Any
 
 import psutil
 
-from chaos.ledger import Happened, Ledger, RunFolder, recovery
+from chaos.ledger import TOPICS, Happened, Ledger, RunFolder, recovery
 from chaos.proxy import Link, Proxy, Sighting
 from chaos.schedule import BROKER, FLOWER, SERVER, Fault
 from fedfog.cli.broker import LocalBroker, free_port
+from fedfog.messages.codec import decode_meta
+from fedfog.messages.schemas import ModelMeta
 from fedfog.service import die_with, spawn
 
 TESTS = Path(__file__).parents[1]
 START_SECONDS, END_SECONDS, STOP_SECONDS = 120.0, 180.0, 20.0
 RESTART_SECONDS = 0.5
 COPY_SECONDS = 20.0  # between copies of the broker's memory
+SAY_SECONDS = 10.0
 # What a run may end with if too many regions were hurt for too long: it says so, and is resumed.
 _SAID = ("ROUND_TIMEOUT", "REGIONS_TIMEOUT")
 _SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
@@ -185,7 +188,7 @@ class Federation:
         self._open: list[_Open] = []
         self._saved = folder / "broker" / "mosquitto.db"
         self._older = self._saved.with_name("older.db")
-        self._copy_at = 0.0
+        self._copy_at = self._say_at = 0.0
         self._began = time.monotonic()
 
     # Processes
@@ -230,8 +233,8 @@ class Federation:
 
     def closed_regions(self) -> set[str]:
         """Regions that have published a partial."""
-        topics = {s.topic for s in self.proxy.log if s.up and s.topic.startswith("fl/partial/")}
-        return {topic.split("/")[2] for topic in topics}
+        topics = {s.topic for s in self.proxy.log if s.up}
+        return {region for region in self.regions if TOPICS.partial_of(region) in topics}
 
     def until(self, condition: Callable[[], object], limit: float, what: str) -> None:
         """Keep the federation going until `condition`. Raises TimeoutError."""
@@ -254,6 +257,9 @@ class Federation:
         if now >= self._copy_at and self._saved.exists():
             self._copy_at = now + COPY_SECONDS
             shutil.copy(self._saved, self._older)
+        if now >= self._say_at:
+            self._say_at = now + SAY_SECONDS
+            self.say(self._progress())
         for service in self.services.values():
             if service.up:
                 code = service.poll()
@@ -266,6 +272,15 @@ class Federation:
                     os.kill(service.pid, signal.SIGKILL)
             elif now >= service.start_at:
                 self._start(service)
+
+    def _progress(self) -> str:
+        topic = TOPICS.global_model
+        newest = next((s for s in reversed(self.proxy.log) if s.up and s.topic == topic), None)
+        at = "no model yet"
+        if newest:
+            model = decode_meta(newest.payload, ModelMeta)
+            at = f"run {model.run}, round {model.round} of {model.rounds}"
+        return f"[{at}; {self.finished} runs completed, {len(self.happened)} faults healed]"
 
     def _ended(self, service: Service, code: int, now: float) -> None:
         service.up, service.stop_by = False, None

@@ -38,7 +38,7 @@ from fedfog.messages.schemas import (
     Verdict,
 )
 from fedfog.messages.topics import Topics
-from fedfog.runs import History, RunInfo, Summary
+from fedfog.runs import History, Rewind, RunInfo, Summary
 from fedfog.runs import Status as RunStatus
 
 TOPICS = Topics()
@@ -91,27 +91,35 @@ class RunFolder:
     """What the server wrote of one run."""
 
     run: str
-    rewinds: int
     completed: bool
     records: tuple[RoundRecord, ...]
+    rewinds: tuple[Rewind, ...] = ()
     final: str | None = None  # digest of its `model.safetensors`
 
     @classmethod
     def read(cls, folder: Path) -> "RunFolder":
         info = RunInfo.model_validate_json((folder / "settings.json").read_bytes())
-        completed, rounds, final = False, [], None
+        completed, final, history = False, None, History(run=info.run)
         if (path := folder / "summary.json").exists():
             summary = Summary.model_validate_json(path.read_bytes())
             completed = summary.status is RunStatus.COMPLETED
         if (path := folder / "history.json").exists():
-            rounds = History.model_validate_json(path.read_bytes()).rounds
+            history = History.model_validate_json(path.read_bytes())
         if (path := folder / "model.safetensors").exists():
             final = digest_of(decode(path.read_bytes(), ModelMeta).vector)
-        return cls(info.run, info.rewinds, completed, tuple(rounds), final)
+        return cls(info.run, completed, tuple(history.rounds), tuple(history.rewinds), final)
 
-    def wire_id(self, rewinds: int) -> str:
-        """The run's id on the wire after so many steps back to an older checkpoint."""
-        return f"{self.run[:55]}-r{rewinds}" if rewinds else self.run
+    @property
+    def wire_id(self) -> str:
+        """The run's present id on the wire: a new one after each step back to an older model."""
+        return self.rewinds[-1].after if self.rewinds else self.run
+
+    def voids(self, run: str, round_: int) -> bool:
+        """The run says that a round is void because it went back, or it is the last open one of a
+        run that is not completed."""
+        if any(run == rewind.before and round_ > rewind.to_round for rewind in self.rewinds):
+            return True
+        return not self.completed and (run, round_) == (self.wire_id, len(self.records) + 1)
 
 
 def weighted_mean(vectors: Iterable[tuple[Vector, int]]) -> NDArray[np.float32]:
@@ -184,7 +192,7 @@ class Ledger:
             "accepted": len(self.accepted),
             "partials": len(self.partials),
             "regions_left_out": sum(len(r.left_out) for r in self._records.values()),
-            "rewinds": sum(run.rewinds for run in self._runs),
+            "rewinds": sum(len(run.rewinds) for run in self._runs),
             "lost": kinds["lost"] + kinds["forgotten"],
             "double_counted": kinds["double-counted"],
             "wrong_sums": kinds["wrong sum"] + kinds["wrong model"] + kinds["two versions"],
@@ -297,27 +305,23 @@ class Ledger:
         for record in run.records:
             self._records[record.run, record.round] = record
         if run.completed:
-            last = self.models.get((run.wire_id(run.rewinds), len(rounds)))
+            last = self.models.get((run.wire_id, max(rounds, default=0)))
             if last is None or last.digest != run.final:
                 self._breach("wrong model", run.run, "its final model was not published")
 
     def _check_models(self) -> None:
-        successors = {
-            run.wire_id(n): run.wire_id(n + 1) for run in self._runs for n in range(run.rewinds)
-        }
-        predecessors = {new: old for old, new in successors.items()}
+        rewinds = {rewind.after: rewind for run in self._runs for rewind in run.rewinds}
         for (run, round_), model in self.models.items():
             if round_ == 0:
                 continue
-            if (run, round_ - 1) not in self.models and run in predecessors:
-                # What a run goes on from after a step back, under its new id.
-                old = self.models.get((predecessors[run], round_))
+            if run in rewinds and round_ == rewinds[run].to_round:
+                old = self.models.get((rewinds[run].before, round_))
                 if old is not None and old.digest != model.digest:
                     self._breach("wrong model", (run, round_), "not the one that was gone back to")
                 continue
             record = self._records.get((run, round_)) or self._told.get((run, round_))
             if record is None:
-                if run not in successors:
+                if not self._void(run, round_):
                     self._breach("wrong model", (run, round_), "no record says what is in it")
                 continue
             self._check_model(record, model)
@@ -346,22 +350,15 @@ class Ledger:
 
     # Nothing lost
 
-    def _void(self, key: PartialId) -> bool:
-        """The run says that the round is void (it went back), or it is the last open one of a run
-        that was not completed."""
-        for run in self._runs:
-            ids = [run.wire_id(n) for n in range(run.rewinds + 1)]
-            if key.run in ids:
-                last = len(run.records)
-                return key.run != ids[-1] or (not run.completed and key.round == last + 1)
-        return False
+    def _void(self, run: str, round_: int) -> bool:
+        return any(folder.voids(run, round_) for folder in self._runs)
 
     def _check_places(self) -> None:
         """Each partial is in its model, or its region is left out by name."""
         for key, partial in self.partials.items():
             record = self._records.get(key[:2])
             if record is None:
-                if not self._void(key):
+                if not self._void(key.run, key.round):
                     self._breach("lost", key, "the partial's round is in no run's history")
             elif key.region in record.regions:
                 if record.regions[key.region].digest != partial.message.meta.digest:
@@ -384,7 +381,7 @@ class Ledger:
                 self._breach("lost", key, "received by the boot that published without it")
                 continue
             record = self._records.get(key[:2])
-            if (record and key.region in record.left_out) or self._void(PartialId(*key[:3])):
+            if (record and key.region in record.left_out) or self._void(key.run, key.round):
                 continue
             names = (f"{key.region}-{key.client}", f"{key.region}-aggregator", BROKER)
             opened = self.models.get((key.run, key.round - 1))

@@ -21,6 +21,7 @@ from fedfog.messages.schemas import (
     Status,
     Verdict,
 )
+from fedfog.runs import Rewind
 
 Members = Mapping[str, int]
 REGIONS: Mapping[str, Members] = {"region_0": {"c0": 10, "c1": 30}, "region_1": {"c2": 5}}
@@ -124,10 +125,12 @@ class Wire:
             )
         )
 
-    def audit(self, completed: bool = False, rewinds: int = 0) -> list[tuple[str, str]]:
+    def audit(
+        self, completed: bool = False, rewinds: tuple[Rewind, ...] = ()
+    ) -> list[tuple[str, str]]:
         """Kind and id of all breaches."""
         final = digest_of(self.model)
-        run = RunFolder("run", rewinds, completed, tuple(self.records), final)
+        run = RunFolder("run", completed, tuple(self.records), rewinds, final)
         breaches = Ledger(self.log, [run], self.faults).breaches
         return [(breach.kind, breach.id) for breach in breaches]
 
@@ -148,7 +151,7 @@ def test_kept_promises_are_no_breach(seen: Wire) -> None:
     seen.close_round(2, {"region_1": "bridge offline for 9 s (BRIDGE_GRACE)"})
     seen.publish_model(2, finished=True)
     assert seen.audit(completed=True) == []
-    ledger = Ledger(seen.log, [RunFolder("run", 0, True, tuple(seen.records))], [])
+    ledger = Ledger(seen.log, [RunFolder("run", True, tuple(seen.records))], [])
     figures = ledger.figures
     assert (figures["rounds"], figures["updates"], figures["accepted"]) == (2, 6, 6)
     assert figures["regions_left_out"] == 1
@@ -282,9 +285,10 @@ def test_a_run_that_says_it_went_back_voids_its_rounds(seen: Wire) -> None:
     seen.model = good
     payload = wire.model(good, 1, "run-r1", started=2)
     seen.put("server", "fl/global_model", payload)
-    assert seen.audit(rewinds=1) == []
+    rewind = Rewind(from_round=2, to_round=1, before="run", after="run-r1", why="damaged")
+    assert seen.audit(rewinds=(rewind,)) == []
     seen.put("server", "fl/global_model", wire.model(good + np.float32(1), 1, "run-r1", started=2))
-    assert ("two versions", "run-r1/1") in seen.audit(rewinds=1)
+    assert ("two versions", "run-r1/1") in seen.audit(rewinds=(rewind,))
 
 
 def test_recovery_is_the_time_to_the_next_partial_that_is_new(seen: Wire) -> None:
