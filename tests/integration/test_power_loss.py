@@ -154,6 +154,17 @@ def test_damaged_store_is_refused_or_whole(state: Path) -> None:
     assert all(answer == whole for answer in answers)
 
 
+def test_zeros_within_a_stored_partial_are_noticed(state: Path) -> None:
+    """SQLite has no checksum of its own: to it the file is sound."""
+    database = state / "aggregator.db"
+    data = database.read_bytes()
+    weights = constant(3, 16).tobytes()
+    assert weights in data
+    database.write_bytes(data.replace(weights, bytes(len(weights)), 1))
+    with pytest.raises(StoreError, match="digest of the partial of round 3 is wrong"):
+        read(state)
+
+
 def test_store_that_is_gone_is_not_begun_anew(state: Path) -> None:
     (state / "aggregator.db").unlink()
     with pytest.raises(StoreError, match=r"aggregator\.db .* empty or gone"):
