@@ -120,7 +120,15 @@ def test_a_new_run_has_no_checkpoint(store: Checkpoints) -> None:
 def test_only_the_newest_checkpoints_are_kept(store: Checkpoints) -> None:
     for round in range(6):
         store.save(checkpoint(round))
+    store.prune(written=5)
     assert [record.round for record in store.records()] == [3, 4, 5]
+
+
+def test_a_checkpoint_that_has_the_only_record_of_its_round_is_kept(store: Checkpoints) -> None:
+    for round in range(6):
+        store.save(checkpoint(round))
+    store.prune(written=1)
+    assert [record.round for record in store.records()] == [2, 3, 4, 5]
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(store: Checkpoints) -> None:

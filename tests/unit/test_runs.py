@@ -123,6 +123,7 @@ def make(run: Run, *rounds: int) -> None:
         run.history.add(record(run, round))
         run.history.evaluated(round, evaluation(round), 0.1)
         run.history.save(run.seconds)
+        run.checkpoints.prune(run.history.written)
 
 
 def written(run: Run) -> History:
@@ -225,6 +226,24 @@ def test_a_torn_history_is_repaired_from_the_checkpoints(tmp_path: Path, kept: f
     make(again, 2, 3)
     again.history.close(again.seconds)
     assert [r.round for r in written(again).rounds] == [1, 2, 3]
+
+
+def test_rounds_that_are_faster_than_their_evaluation_are_all_in_the_history(
+    tmp_path: Path,
+) -> None:
+    """A server that dies before PyTorch is loaded, after more rounds than checkpoints are kept."""
+    run = open_run(settings(tmp_path, keep_checkpoints=1))
+    run.history.load(-1, [])
+    make(run, 0)
+    for round in (1, 2, 3, 4):
+        save(run, round)
+        run.history.add(record(run, round))
+    run.history.evaluated(1, evaluation(1), 0.1)
+    run.history.save(run.seconds)
+    run.checkpoints.prune(run.history.written)
+    again = reopened(tmp_path)
+    again.history.close(again.seconds)
+    assert [r.round for r in written(again).rounds] == [1, 2, 3, 4]
 
 
 def test_rounds_that_a_damaged_history_has_lost_are_named(

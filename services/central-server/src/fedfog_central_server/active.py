@@ -76,8 +76,9 @@ class ActiveRun:
 
     @property
     def complete(self) -> bool:
-        """The last model is evaluated, too."""
-        return self.trained and not self.run.history.lacks_evaluation(self.rounds)
+        """The last model is evaluated, and the broker was there to take it."""
+        evaluated = not self.run.history.lacks_evaluation(self.rounds)
+        return self.trained and evaluated and self._retained.sent
 
     @property
     def accuracy(self) -> float | None:
@@ -207,6 +208,7 @@ class ActiveRun:
             return
         try:
             self.run.history.save(self.run.seconds)
+            self.run.checkpoints.prune(self.run.history.written)
         except OSError as error:  # not fatal: what could not be written is kept for the next time
             self._history_not_written(error)
         if round_ > 0:

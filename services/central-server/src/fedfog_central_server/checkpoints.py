@@ -96,7 +96,7 @@ def _digest(record: RoundRecord, table: TensorTable, vector: Vector) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which the newest `keep` stay."""
+    """The checkpoints of one run, of which the newest `keep` stay, see `prune`."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
@@ -105,15 +105,20 @@ class Checkpoints:
         return self._folder / f"round-{round_:06}.safetensors"
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write it so that a crash leaves it whole or not there, then delete the oldest ones.
+        """Write it so that a crash leaves it whole or not there.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path(checkpoint.round), checkpoint.to_bytes())
+
+    def prune(self, written: int) -> None:
+        """Delete the oldest ones, but none whose record only the checkpoint has: the records of
+        all rounds up to `written` are in the history. Raises OSError."""
         for round_ in self._rounds()[: -self._keep]:
-            self.path(round_).unlink(missing_ok=True)
+            if round_ <= written:
+                self.path(round_).unlink(missing_ok=True)
 
     def load(self, round_: int) -> Checkpoint:
         """Raises CheckpointError if the file is damaged or gone."""

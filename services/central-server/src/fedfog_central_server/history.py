@@ -45,6 +45,11 @@ class HistoryFile:
         return max(self.clients, default=0)
 
     @property
+    def written(self) -> int:
+        """After `save`, the records of all rounds up to this one are in the file."""
+        return min((r for r in self._waiting if r > 0), default=self.rounds + 1) - 1
+
+    @property
     def evaluations(self) -> list[Evaluation]:
         """All that are known, oldest first."""
         return [self.initial, *self._evaluations] if self.initial else self._evaluations

@@ -13,17 +13,18 @@ log = structlog.get_logger()
 
 
 class RetainedModel:
-    """The model that everybody is to work with."""
+    """The model that everybody is to work with. `sent`: it was given to a broker."""
 
     def __init__(self, session: Session, topic: str) -> None:
         self._session, self._topic = session, topic
         self._meta: ModelMeta | None = None
         self._payload = b""
+        self.sent = False
         self._echoes: deque[bytes] = deque()
 
     def set(self, meta: ModelMeta, payload: bytes) -> bool:
         """Publish another model; False if that has to wait for the broker."""
-        self._meta, self._payload = meta, payload
+        self._meta, self._payload, self.sent = meta, payload, False
         return self._publish()
 
     def connected(self) -> None:
@@ -43,10 +44,11 @@ class RetainedModel:
     def _publish(self) -> bool:
         if self._meta is None:
             return False
-        sent = self._session.publish(self._topic, self._payload, retain=True)
-        if sent:
-            self._echoes.append(self._payload)
-        return sent
+        if not self._session.publish(self._topic, self._payload, retain=True):
+            return False
+        self._echoes.append(self._payload)
+        self.sent = True
+        return True
 
     @staticmethod
     def _is_present(payload: bytes, ours: ModelMeta) -> bool:
