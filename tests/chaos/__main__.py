@@ -28,7 +28,7 @@ def main() -> int:
     console = Console()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     federation = Federation(folder / "federation", say=say)
     problem = ""
@@ -68,7 +68,7 @@ def show(console: Console, report: dict[str, dict[str, object]]) -> None:
     console.print(waits)
     for line in (*report["breaches"], *report["failures"], report["problem"]):
         if line:
-            console.print(f"BROKEN: {line}", highlight=False, markup=False)
+            console.print(f"BROKEN: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def draw(seed: int, seconds: float, targets: Sequence[str]) -> list[Fault]:
         kind = chance.choices(list(kinds), list(kinds.values()))[0]
         lasts = round(chance.uniform(*LASTS_SECONDS), 2)
         amount = _amount(chance, kind)
-        damage = target == SERVER and kind == "kill" and chance.random() < 0.25
+        damage = target == SERVER and kind == "kill" and chance.random() < 0.4
         lasts = 0.0 if kind in INSTANT else lasts
         faults.append(Fault(round(at, 2), kind, target, lasts, amount, damage))
         at += chance.uniform(*GAP_SECONDS)
