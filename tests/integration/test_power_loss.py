@@ -329,8 +329,11 @@ def test_damaged_newest_checkpoint_is_gone_back_behind_under_a_new_id(
         assert run.history.rounds == 2
 
 
-def test_damaged_settings_of_a_run_are_refused(runs: CentralSettings) -> None:
-    for settings in each_damage(runs, "settings.json"):
+@pytest.mark.parametrize("run_id", ["run", ""])
+def test_damaged_settings_of_a_run_are_refused(runs: CentralSettings, run_id: str) -> None:
+    """A new run is not begun by itself: it would look as if the old one had been lost."""
+    for damaged in each_damage(runs, "settings.json"):
+        settings = damaged.model_copy(update={"run_id": run_id})
         with pytest.raises(ServiceError, match=r"settings\.json is damaged: .*RUN_ID"):
             taken_up(settings)
 

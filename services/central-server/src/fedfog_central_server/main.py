@@ -7,7 +7,16 @@ from fedfog_central_server.server import CentralServer
 
 def main() -> None:
     settings = load(CentralSettings)
-    service.run("central-server", settings, lambda: CentralServer(settings).run())
+
+    def body() -> int:
+        try:
+            return CentralServer(settings).run()
+        except OSError as error:
+            if not str(error.filename).startswith(str(settings.runs_dir)):
+                raise
+            raise service.ServiceError(f"{error} (RUNS_DIR)") from error
+
+    service.run("central-server", settings, body)
 
 
 if __name__ == "__main__":

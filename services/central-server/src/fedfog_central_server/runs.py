@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from fedfog.files import write_atomically
+from fedfog.files import sync_folder, write_atomically
 from fedfog.messages.schemas import RegionShare, RoundRecord
 from fedfog.runs import CHECKPOINTS, Rewind, RunInfo, Status, Summary, listed
 from fedfog.service import ServiceError
@@ -119,7 +119,8 @@ def open_at_start(settings: CentralSettings) -> Run | None:
     was stopped by `fedfog stop`, and the server is to stand by.
 
     Raises:
-        ServiceError: RUN_ID names a run that is completed or was begun with other settings.
+        ServiceError: RUN_ID names a run that is completed or was begun with other settings, or the
+            newest run's settings cannot be read.
         OSError: RUNS_DIR cannot be written.
     """
     settings.runs_dir.mkdir(parents=True, exist_ok=True)
@@ -213,8 +214,14 @@ def with_chosen(settings: CentralSettings, chosen: Mapping[str, Any]) -> Central
 
 
 def _latest(settings: CentralSettings) -> RunInfo | None:
-    found = _read(RunInfo, settings.runs_dir / "latest" / "settings.json")
+    path = settings.runs_dir / "latest" / "settings.json"
+    found = _read(RunInfo, path)
     if found is None:
+        if path.exists() and not settings.run_id:
+            raise ServiceError(
+                f"{path} is damaged: restore it from a backup to go on with that run, or set RUN_ID "
+                "to the name of a new one"
+            )
         return None
     if settings.run_id and found.environment.get("run_id") != settings.run_id:
         return None
@@ -299,6 +306,7 @@ def _point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
+    sync_folder(link.parent)
 
 
 def _version(package: str) -> str:
