@@ -219,8 +219,8 @@ def _latest(settings: CentralSettings) -> RunInfo | None:
     if found is None:
         if path.exists() and not settings.run_id:
             raise ServiceError(
-                f"{path} is damaged: restore it from a backup to go on with that run, or set RUN_ID "
-                "to the name of a new one"
+                f"{path} is damaged: restore it from a backup to go on with that run, or set "
+                "RUN_ID to the name of a new one"
             )
         return None
     if settings.run_id and found.environment.get("run_id") != settings.run_id:
