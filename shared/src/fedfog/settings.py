@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedfog.messages.schemas import Hyperparameters, Name
@@ -138,7 +138,17 @@ class AggregatorSettings(RegionSettings, _WithRegions):
         60.0, description="seconds after which round 1 opens with whoever is there"
     )
     max_examples: int = Field(
-        1_000_000, ge=1, description="largest num_examples that an update may claim"
+        1_000_000, ge=1, description="largest num_examples that a client's update may claim"
+    )
+    parent_region: str = Field(
+        "",
+        description="region of the aggregator above this one, which takes this region's partial; "
+        "default: none, the partial goes to the region's fog bridge",
+    )
+    child_regions: str = Field(
+        "",
+        description="regions whose PARENT_REGION is this one, comma-separated; such an aggregator "
+        "takes their partials, waits for each until ROUND_DEADLINE, and has no clients",
     )
     keep_rounds: int = Field(2, ge=1, description="closed rounds whose partial is kept")
     store_timeout: Seconds = Field(
@@ -147,9 +157,23 @@ class AggregatorSettings(RegionSettings, _WithRegions):
         "aggregator gives up",
     )
 
+    @field_validator("parent_region", "child_regions")
+    @classmethod
+    def _relatives(cls, value: str, info: ValidationInfo) -> str:
+        names = region_names(value)
+        if info.data.get("region") in names:
+            raise ValueError("a region is not its own parent or child")
+        if info.field_name == "parent_region" and len(names) > 1:
+            raise ValueError("a region has one parent")
+        return ",".join(names)
+
+    @property
+    def children(self) -> frozenset[str]:
+        return frozenset(region_names(self.child_regions))
+
     @property
     def share(self) -> tuple[int, int]:
-        """Index of this region and number of regions."""
+        """Index of this region and number of regions. Raises ValueError."""
         names = self.region_list or [self.region]
         if self.region not in names:
             raise ValueError(f"REGIONS: {','.join(names)} does not contain REGION {self.region}")

@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 
 from fedfog import service
-from fedfog.core import rounds
+from fedfog.core import participation, rounds
 from fedfog.core.phases import Phase
 from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
@@ -38,6 +38,7 @@ from fedfog.messages.schemas import (
 from fedfog.messages.topics import is_name
 from fedfog.settings import AggregatorSettings, load
 from fedfog.transport import mqtt
+from fedfog_aggregator.parent import Parent
 from fedfog_aggregator.store import AnotherOwnerError, PartialStore, StoreError
 
 log = structlog.get_logger()
@@ -55,8 +56,9 @@ class Aggregator:
 
     def __init__(self, settings: AggregatorSettings) -> None:
         self._settings = settings
-        self._share = settings.share
         self._region = region = settings.region
+        self._children = settings.children
+        self._share = (0, 1) if self._children else settings.share  # a parent deals no slots
         self._topics = topics = settings.topics
         self._store = PartialStore(settings.state_dir)
         self._boot = next_boot(settings.state_dir)
@@ -67,6 +69,7 @@ class Aggregator:
                 minimum=settings.min_clients,
                 deadline=settings.round_deadline,
                 expected=settings.clients_expected,
+                children=self._children,
                 settle=settings.cohort_settle,
                 limit=settings.cohort_limit,
                 max_examples=settings.max_examples,
@@ -77,8 +80,10 @@ class Aggregator:
         self._table: TensorTable | None = None
         self._last_progress = 0.0
         self._exit: int | None = None
-        self._updates = topics.update(region, "")
+        self._parent = Parent(settings, self._boot, self._store) if settings.parent_region else None
+        self._updates = (topics.partial_to if self._children else topics.update)(region, "")
         self._presences = topics.presence(region, "")
+        death = (topics.status(region), Status(online=False, boot=self._boot).to_json())
         self.session = mqtt.Session(
             f"fedfog-aggregator-{region}",
             settings.mqtt_broker,
@@ -88,8 +93,10 @@ class Aggregator:
                 self._presences + "+",
                 self._updates + "+",
                 topics.status(region),
+                *(self._parent.topics if self._parent else []),
             ],
-            will=(topics.status(region), Status(online=False, boot=self._boot).to_json()),
+            # A session has one will. Of the two deaths, it is the parent that has to hear.
+            will=self._parent.death if self._parent else death,
             timeout=settings.mqtt_timeout,
         )
 
@@ -100,7 +107,7 @@ class Aggregator:
         service.on_stop(self.session.events.put)
         self.session.start()
         while self._exit is None:
-            due = self._rounds.wake_at()
+            due = self._wake_at()
             now = time.monotonic()
             wait = BEAT_SECONDS if due is None else min(BEAT_SECONDS, due - now)
             event = self.session.next(wait)
@@ -110,23 +117,31 @@ class Aggregator:
                 break
             for core_event in self._translate(event):
                 self._apply(core_event, now)
-            if due is not None and now >= due:
+            if due is not None and now >= due and self._exit is None:
                 self._apply(rounds.Tick(), now)
+                self._upwards(participation.Tick(), now)
             self._publish_progress(now)
         self.session.publish(
             self._topics.status(self._region),
             Status(online=False, boot=self._boot).to_json(),
             retain=True,
         )
+        if self._parent and self._exit is None:  # else a successor has announced itself
+            self.session.publish(*self._parent.death, retain=True)
         self.session.stop()
         self._store.close()
         log.info("aggregator_stopped", round=self._rounds.round, phase=self._rounds.phase)
         return self._exit or service.EXIT_OK
 
+    def _wake_at(self) -> float | None:
+        due = [self._rounds.wake_at(), self._parent.wake_at() if self._parent else None]
+        return min((at for at in due if at is not None), default=None)
+
     # From messages to events
 
     def _translate(self, event: Any) -> list[rounds.Event]:
         if isinstance(event, mqtt.Connected):
+            self._upwards(participation.Connected())
             return [rounds.Connected()]
         if isinstance(event, mqtt.Disconnected):
             log.warning("mqtt_disconnected", reason=event.reason)
@@ -138,20 +153,12 @@ class Aggregator:
         try:
             if topic == self._topics.global_model:
                 return self._model(payload)
+            if self._parent and topic in self._parent.topics:
+                if (news := self._parent.translate(topic, payload)) is not None:
+                    self._upwards(news)
+                return []
             if topic.startswith(self._presences):
-                client = topic.removeprefix(self._presences)
-                presence = decode_json(payload, Presence)
-                if not is_name(client):
-                    raise CodecError("the topic does not end in a client's name")
-                return [
-                    rounds.PresenceSeen(
-                        client,
-                        presence.online,
-                        presence.boot,
-                        presence.slot,
-                        presence.own_data,
-                    )
-                ]
+                return self._presence(topic.removeprefix(self._presences), payload)
             status = decode_json(payload, Status)
             return [rounds.OwnStatusSeen(status.boot, status.online)]
         except CodecError as error:
@@ -175,15 +182,46 @@ class Aggregator:
             slots=self._store.slots(meta.run),
         )
         self._table = model.table
+        self._upwards(
+            participation.ModelArrived(
+                arrived.run, arrived.run_started, arrived.round, arrived.finished
+            )
+        )
         return [arrived]
+
+    def _presence(self, client: str, payload: bytes) -> list[rounds.Event]:
+        presence = decode_json(payload, Presence)
+        self._check_name(client)
+        own = self._settings.round_deadline
+        if presence.online and presence.deadline is not None and presence.deadline >= own:
+            # A child that waits so long for a client comes too late with all its others.
+            log.warning(
+                "deadline_not_above_that_of_child",
+                child=client,
+                child_seconds=presence.deadline,
+                seconds=own,
+                setting="ROUND_DEADLINE",
+            )
+        return [
+            rounds.PresenceSeen(
+                client, presence.online, presence.boot, presence.slot, presence.own_data
+            )
+        ]
+
+    def _check_name(self, client: str) -> None:
+        if not is_name(client):
+            raise CodecError("the topic does not end in a client's name")
+        if self._children and client not in self._children:
+            raise CodecError(f"{client} is not one of CHILD_REGIONS {sorted(self._children)}")
 
     def _update(self, client: str, payload: bytes) -> list[rounds.Event]:
         """Check what can be checked without knowing the round; a refusal is answered at once."""
         if self._table is None:
             return []  # no model seen yet: the owner repeats
         try:
-            if not is_name(client):
-                raise CodecError("the topic does not end in a client's name")
+            self._check_name(client)
+            if self._children:
+                return [self._partial_of_child(client, payload, self._table)]
             update = decode(payload, UpdateMeta, self._table)
             meta = update.meta
             if (meta.region, meta.client) != (self._region, client):
@@ -209,7 +247,29 @@ class Aggregator:
             )
         ]
 
+    @staticmethod
+    def _partial_of_child(child: str, payload: bytes, table: TensorTable) -> rounds.UpdateArrived:
+        partial = decode(payload, PartialMeta, table)
+        meta = partial.meta
+        if meta.region != child:
+            raise CodecError(f"it says {meta.region}, its topic does not")
+        return rounds.UpdateArrived(
+            meta.run,
+            meta.round,
+            child,
+            meta.base_digest or "",
+            meta.num_examples,
+            partial.vector,
+            meta.metrics.model_dump(exclude_none=True),
+            meta.num_clients,
+        )
+
     # From actions to messages
+
+    def _upwards(self, event: participation.Event, now: float | None = None) -> None:
+        if self._parent:
+            now = time.monotonic() if now is None else now
+            self._parent.handle(event, now, self.session.publish)
 
     def _apply(self, event: rounds.Event, now: float) -> None:
         """Hand an event to the rules and carry out all that follows from it."""
@@ -284,11 +344,12 @@ class Aggregator:
             round=commit.round,
             region=self._region,
             digest=digest_of(mean),
-            num_clients=len(commit.members),
+            num_clients=commit.num_clients,
             num_examples=commit.total.weight,
             members=dict(commit.members),
             left_out=dict(commit.left_out),
             metrics=ClientMetrics(**commit.metrics),
+            base_digest=commit.base_digest,
             seconds={"collect": round(commit.collect_seconds, 6)},
         )
         try:
@@ -311,10 +372,11 @@ class Aggregator:
         return rounds.Committed()
 
     def _publish_partial(self, run: str, round_: int) -> None:
+        if self._parent:
+            self._upwards(participation.Trained(run, round_))
+            return
         began = time.monotonic()
-        payload = self._store.partial(run, round_)
-        if payload is None:
-            raise StoreError(f"{self._store.path}: the partial of round {round_} is gone")
+        payload = self._store.committed(run, round_)
         topic = self._topics.partial_of(self._region)
         if self.session.publish(topic, payload, retain=True):
             log.info(

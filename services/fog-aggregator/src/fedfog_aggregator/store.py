@@ -76,6 +76,13 @@ class PartialStore:
         closed = self._read(run, round_)
         return closed[0] if closed else None
 
+    def committed(self, run: str, round_: int) -> bytes:
+        """The same of a round that is known to be closed. Raises StoreError: it is gone."""
+        payload = self.partial(run, round_)
+        if payload is None:
+            raise StoreError(f"{self.path}: the partial of round {round_} is gone")
+        return payload
+
     def _read(self, run: str, round_: int) -> tuple[bytes, dict[str, int]] | None:
         """Payload and members of a partial, if they are what was committed."""
         select = "select payload, members from partial where run = ? and round = ?"

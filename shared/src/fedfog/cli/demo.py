@@ -114,7 +114,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
     )
     session.start()
     federation.watch(session.events.put)
-    story = Story(Console(highlight=False), federation.regions, options, began)
+    story = Story(Console(highlight=False), federation.below, options, began)
     story.say(
         f"run {federation.folder.name} with {broker.kind} at {broker.host}:{broker.port}; "
         f"logs in {federation.logs}/"

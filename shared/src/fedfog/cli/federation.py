@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Options:
     clients: int  # in each region
     rounds: int
     regions: int
+    tiers: int  # that average: the regions, aggregators above them, and the server
     seed: int
     local_epochs: int
     task: str
@@ -85,7 +87,16 @@ class Federation:
     """
 
     def __init__(self, options: Options, run: str, private: Path) -> None:
-        self.regions = tuple(f"region_{i}" for i in range(options.regions))
+        self.regions = [f"region_{i}" for i in range(options.regions)]
+        # All aggregators, and how many clients or regions each has below it.
+        self.below = dict.fromkeys(self.regions, options.clients)
+        self._parents: dict[str, str] = {}
+        self._top = self.regions
+        for tier in range(2, options.tiers):  # each of them over two of the tier below
+            parents = [f"fog-{tier}-{i}" for i in range((len(self._top) + 1) // 2)]
+            self._parents |= {child: parents[i // 2] for i, child in enumerate(self._top)}
+            self.below |= Counter(self._parents[child] for child in self._top)
+            self._top = parents
         self.folder = options.runs_dir / run
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True)
@@ -108,8 +119,9 @@ class Federation:
             ROUNDS=options.rounds,
             SEED=options.seed,
             LOCAL_EPOCHS=options.local_epochs,
-            MIN_AVAILABLE_CLIENTS=options.regions,
-            MIN_FIT_CLIENTS=options.regions,
+            REGIONS=",".join(self._top),
+            MIN_AVAILABLE_CLIENTS=len(self._top),
+            MIN_FIT_CLIENTS=len(self._top),
             FLOWER_HOST="127.0.0.1",
             FLOWER_PORT=self._flower_port,
             EXIT_WHEN_FINISHED="true",
@@ -119,10 +131,19 @@ class Federation:
         assert self.broker.process is not None
         self._tiers.append(Tier(BROKER, self.broker.process, self.logs / "broker.log"))
         self._start_clients()
-        for region in self.regions:
+        for number, region in enumerate(self.below):
             name = f"{region}-aggregator"
-            env = self._env(name, REGION=region, CLIENTS_EXPECTED=options.clients)
+            settings: dict[str, object] = {"CLIENTS_EXPECTED": options.clients}
+            if children := [c for c, parent in self._parents.items() if parent == region]:
+                settings = {
+                    "CHILD_REGIONS": ",".join(children),
+                    # Those of the regions are enough; it has to be longer in each tier.
+                    "ROUND_DEADLINE": options.time_limit + number,
+                }
+            parent = self._parents.get(region, "")
+            env = self._env(name, REGION=region, PARENT_REGION=parent, **settings)
             self._start(name, "fedfog_aggregator.main", env)
+        for region in self._top:
             name = f"{region}-bridge"
             self._start(name, "fedfog_bridge.main", self._env(name, REGION=region))
 

@@ -18,6 +18,15 @@ def demo(
     clients: Annotated[int, typer.Option(min=1, help="clients in each region")] = 3,
     rounds: Annotated[int, typer.Option(min=1, envvar="ROUNDS", help="global rounds")] = 3,
     regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 1,
+    tiers: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            max=5,
+            help="that average: 2 is regions and server; each more puts aggregators "
+            "over every two of the tier below",
+        ),
+    ] = 2,
     seed: Annotated[
         int, typer.Option(min=0, envvar="SEED", help="of weights, partition and shuffling")
     ] = 42,
@@ -52,6 +61,7 @@ def demo(
         clients=clients,
         rounds=rounds,
         regions=regions,
+        tiers=tiers,
         seed=seed,
         local_epochs=local_epochs,
         task=task,

@@ -1,5 +1,6 @@
 """What each region is doing, gathered from its messages: a table for `demo` and `monitor`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rich import box
@@ -21,19 +22,20 @@ class Region:
     expected: int = 0
     waiting_for: list[str] = field(default_factory=list)
     bridge: bool = False
+    parent: str = ""
 
 
 class Regions:
     """All regions that were heard of.
 
     Args:
-        names: regions that are expected.
-        clients: clients that each of them is to have, if that is known.
+        expected: regions, and how many clients or regions below them each is to have, if that is
+            known.
     """
 
-    def __init__(self, names: tuple[str, ...] = (), clients: int | None = None) -> None:
-        self.by_name = {name: Region() for name in names}
-        self._clients = clients
+    def __init__(self, expected: Mapping[str, int] | None = None) -> None:
+        self.expected = expected or {}
+        self.by_name = {name: Region() for name in self.expected}
 
     def see(self, message: Message) -> Region | None:
         """Learn from a message; returns its region if there is one."""
@@ -44,6 +46,10 @@ class Regions:
             case schemas.Presence(online=online):
                 change = region.online.add if online else region.online.discard
                 change(str(message.client))
+                if message.meta.deadline is not None:  # it is an aggregator below this one
+                    child = self.by_name.setdefault(str(message.client), Region())
+                    child.parent = message.region
+                    child.phase = child.phase if online else "offline"
             case schemas.Bridge(online=online):
                 region.bridge = online
             case schemas.Status(online=False):
@@ -65,10 +71,11 @@ class Regions:
         """One row per region."""
         table = Table("region", "phase", "round", "clients", "updates", "waits for", box=box.SIMPLE)
         for name, region in sorted(self.by_name.items()):
-            of = f" of {self._clients}" if self._clients else ""
+            of = f" of {self.expected[name]}" if name in self.expected else ""
             over = region.phase == Phase.FINISHED
+            above = f" under {region.parent}" if region.parent else " (no bridge)"
             table.add_row(
-                name if region.bridge else f"{name} (no bridge)",
+                name if region.bridge else name + above,
                 region.phase,
                 "" if region.round is None or over else str(region.round),
                 f"{len(region.online)}{of} online",

@@ -1,6 +1,7 @@
 """The demo's progress: lines that tell what happened, on a terminal with a live table below."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,14 +28,15 @@ class Story:
     """Shows what the messages of a run say.
 
     Args:
+        regions: all regions, and how many clients or regions below them each is to have.
         began: when the demo was started, on the monotonic clock.
     """
 
     def __init__(
-        self, console: Console, regions: tuple[str, ...], options: "Options", began: float
+        self, console: Console, regions: Mapping[str, int], options: "Options", began: float
     ) -> None:
         self._console, self._options, self._began = console, options, began
-        self._regions = Regions(regions, options.clients)
+        self._regions = Regions(regions)
         self._model_came: dict[int, float] = {}
         self._evaluation: schemas.Evaluation | None = None
         self._live: Live | None = None
@@ -81,13 +83,15 @@ class Story:
                 self._model(model, now)
             case schemas.RoundRecord() as record:
                 self._record(record)
-            case schemas.Presence() if region:
-                online, of = len(region.online), self._options.clients
+            case schemas.Presence() as presence if region:
+                online, of = len(region.online), self._regions.expected.get(message.region or "")
                 if before < online == of:
-                    self.say(f"{message.region}: {online} of {of} clients online")
+                    what = "clients" if presence.deadline is None else "regions"
+                    self.say(f"{message.region}: {online} of {of} {what} online")
             case schemas.RegionReceipt(round=round_, members=members):
-                updates = f"{len(members)} update" + "s" * (len(members) != 1)
-                self.say(f"{message.region}: round {round_} closed with {updates}")
+                below = any(r.parent == message.region for r in self._regions.by_name.values())
+                updates = ("partial" if below else "update") + "s" * (len(members) != 1)
+                self.say(f"{message.region}: round {round_} closed with {len(members)} {updates}")
 
     def state(self) -> str:
         """Where the run is and whom each region waits for."""

@@ -40,7 +40,8 @@ class Policy:
     expected: int = 0  # clients before round 1; 0: whoever is there after `settle`
     settle: float = 3.0
     limit: float = 60.0
-    max_examples: int = 1_000_000
+    max_examples: int = 1_000_000  # of one client
+    children: frozenset[str] = frozenset()  # clients that are regions: waited for and named
     store_limit: float = 600.0  # of tries to store a partial
 
 
@@ -88,6 +89,7 @@ class UpdateArrived:
     num_examples: int
     vector: NDArray[np.float32]
     metrics: Mapping[str, float]
+    num_clients: int = 1  # whose updates are in it: more if it is the partial of a region
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class Commit:
     left_out: Mapping[str, str]
     metrics: Mapping[str, float]
     collect_seconds: float
+    num_clients: int
+    base_digest: str
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,7 @@ class RegionRounds:
         self._digest = ""
         self._total = WeightedSum(0)
         self._num_parameters = 0
+        self._num_clients = 0
         self._metrics: dict[str, tuple[float, int]] = {}
         self._departed: set[str] = set()
         self._boots: dict[str, int] = {}
@@ -315,6 +320,8 @@ class RegionRounds:
         cohort_known = same_run and self.phase not in (Phase.WAITING, Phase.FORMING)
         self.run, self._run_started, self.round = event.run, event.run_started, event.round
         self._digest, self._num_parameters = event.digest, event.num_parameters
+        # A child that was in the last round may be just starting again.
+        children = self.policy.children & self.members.keys()
         self.members, self.cohort, self._departed = {}, frozenset(), set()
         self.slots = (self.slots if same_run else None) or event.slots
         if event.finished:
@@ -327,7 +334,7 @@ class RegionRounds:
         if event.stored:
             return actions + self._open(event.stored.cohort, now)
         if cohort_known and self._enough_to_form():
-            return actions + self._open(frozenset(self.present), now)
+            return actions + self._open(children | self.present.keys(), now)
         self.phase = Phase.FORMING
         self.deadline = now + self.policy.limit
         return [*actions, PublishStatus(), *self._form(now)]
@@ -338,6 +345,8 @@ class RegionRounds:
     @property
     def _clients_expected(self) -> int:
         """Clients without whom the cohort is not complete; 0 if that is not known."""
+        if self.policy.children:
+            return len(self.policy.children)
         return len(self.slots.holders) if self.slots else self.policy.expected
 
     @property
@@ -369,6 +378,7 @@ class RegionRounds:
         self.phase = Phase.OPEN
         self.cohort, self.members, self._departed = cohort, {}, set()
         self._total, self._metrics = WeightedSum(self._num_parameters), {}
+        self._num_clients = 0
         self._opened, self.deadline = now, now + self.policy.deadline
         self._retry_after, self._retry_until = RETRY_SECONDS[0], None
         dealt: list[Action] = []
@@ -410,13 +420,15 @@ class RegionRounds:
             return [self._answer(event, "received")]
         if event.base_digest != self._digest:
             return [self._answer(event, "rejected", "trained from another model (base digest)")]
-        if not 0 < event.num_examples <= self.policy.max_examples:
-            limit = f"num_examples is not within 1..{self.policy.max_examples} (MAX_EXAMPLES)"
+        most = self.policy.max_examples * event.num_clients
+        if not 0 < event.num_examples <= most:
+            limit = f"num_examples is not within 1..{most} (MAX_EXAMPLES)"
             return [self._answer(event, "rejected", limit)]
         if not np.isfinite(event.vector).all():
             return [self._answer(event, "rejected", "the tensors hold NaN or infinity")]
         self._total.add(event.vector, event.num_examples)
         self.members[event.client] = event.num_examples
+        self._num_clients += event.num_clients
         for name, value in event.metrics.items():
             total, weight = self._metrics.get(name, (0.0, 0))
             n = event.num_examples
@@ -470,6 +482,8 @@ class RegionRounds:
                 self.slots.leave(event.client, now)
             if self.phase not in _OPEN or event.client in self.members:
                 return []
+            if event.client in self.policy.children:  # it has accepted updates, and comes again
+                return [Log("info", "child_region_away", {"child": event.client})]
             self._departed.add(event.client)
             fields = {"client": event.client, "round": self.round, "missing": self.missing}
             return [Log("info", "client_left_cohort", fields), *self._close_if_due(now)]
@@ -524,9 +538,10 @@ class RegionRounds:
     def _close(self, now: float) -> list[Action]:
         assert self.run is not None
         self.phase = Phase.CLOSING
+        away = self._departed | self.policy.children - self.present.keys()
         left_out = {
-            client: "offline" if client in self._departed else "no update in time"
-            for client in sorted(self.cohort - self.members.keys())
+            client: "offline" if client in away else "no update in time"
+            for client in sorted((self.cohort | self.policy.children) - self.members.keys())
         }
         metrics = {name: total / weight for name, (total, weight) in self._metrics.items()}
         return [
@@ -538,6 +553,8 @@ class RegionRounds:
                 left_out,
                 metrics,
                 now - self._opened,
+                self._num_clients,
+                self._digest,
             )
         ]
 

@@ -48,9 +48,16 @@ CHANNELS = (
     Channel(
         "partial_of", 1, schemas.PartialMeta, "aggregator", "bridge", retained=True, tensors=True
     ),
+    Channel("partial_to", 2, schemas.PartialMeta, "aggregator", "its parent", tensors=True),
     Channel("slot", 2, schemas.Slot, "aggregator", "client"),
     Channel(
-        "presence", 2, schemas.Presence, "client", "aggregator, monitor", retained=True, will=True
+        "presence",
+        2,
+        schemas.Presence,
+        "client, aggregator at its parent",
+        "aggregator, monitor",
+        retained=True,
+        will=True,
     ),
     Channel(
         "status", 1, schemas.Status, "aggregator", "clients, monitor", retained=True, will=True

@@ -12,7 +12,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the run")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Round = Annotated[int, Field(ge=0, le=10**9, description="number of the round")]
-Examples = Annotated[int, Field(gt=0, le=10**9, description="number of examples")]
+Examples = Annotated[int, Field(gt=0, le=10**15, description="number of examples")]
 Boot = Annotated[int, Field(ge=0, description="boot id of the sender: later ones are higher")]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -127,11 +127,18 @@ class PartialMeta(Payload):
     round: Round
     region: Name = Field(description="as in the topic")
     digest: Digest = Field(description="SHA-256 of the tensors' bytes")
-    num_clients: int = Field(ge=1, description="number of members")
+    num_clients: int = Field(ge=1, description="clients whose update is in it, over all tiers")
     num_examples: Examples = Field(description="the members' examples, summed")
-    members: dict[Name, Examples] = Field(description="accepted clients and their examples")
+    members: dict[Name, Examples] = Field(
+        description="accepted clients, or regions if it is of an aggregator above others, and "
+        "their examples"
+    )
     left_out: dict[Name, str] = Field(
-        default_factory=dict, description="clients of the cohort without an update, and why"
+        default_factory=dict,
+        description="clients of the cohort, or regions below, that are not in it, and why",
+    )
+    base_digest: Digest | None = Field(
+        default=None, description="digest of the global model trained from"
     )
     metrics: ClientMetrics = Field(description="means over the members, weighted by examples")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
@@ -182,12 +189,16 @@ class Slot(Payload):
 
 
 class Presence(Payload):
-    """Birth and death of a client. A death counts only for the boot that it names."""
+    """Birth and death of a client, or of an aggregator at its parent. A death counts only for the
+    boot that it names."""
 
     online: bool = Field(description="birth or death")
     boot: Boot
     slot: int | None = Field(default=None, description="the data slot it has, if any")
     own_data: bool = Field(default=False, description="it has data of its own: needs no slot")
+    deadline: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="of an aggregator towards its parent: its ROUND_DEADLINE"
+    )
     version: str = Field("", description="of FedFog")
 
 

@@ -39,6 +39,10 @@ class Topics:
     def partial_of(self, region: str) -> str:
         return f"{self.partial}/{region}"
 
+    def partial_to(self, parent: str, region: str) -> str:
+        """Of a region whose parent is another aggregator."""
+        return f"{self.partial}/{parent}/{region}"
+
     def receipts(self, region: str, client: str | None = None) -> str:
         """A client's own receipts or, without a client, those for a whole region."""
         return f"{self.prefix}/receipts/{region}" + (f"/{client}" if client else "")
