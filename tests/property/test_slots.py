@@ -1,15 +1,17 @@
 """Data slots: disjoint, covering, stable."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfog.core.slots import SlotTable, slot_indices
+from fedfog.core.slots import SlotTable, slot_indices, slots_share
 
 
 @given(
-    examples=st.integers(0, 600),
+    examples=st.integers(45, 600),
     slots_of_region=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),
 )
@@ -25,7 +27,34 @@ def test_slots_of_all_regions_are_disjoint_and_cover_the_training_set(
     assert sorted(np.concatenate(parts).tolist()) == list(range(examples))
 
 
-@given(examples=st.integers(1, 600), slots=st.integers(1, 20), seed=st.integers(0, 2**32))
+@given(
+    examples=st.integers(5, 100),
+    slots=st.integers(1, 200),
+    regions=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+)
+def test_slots_without_an_example_of_their_own_share_one(
+    examples: int, slots: int, regions: int, seed: int
+) -> None:
+    """More slots than examples: none is empty, none of the region's examples is left out, and no
+    example is in more than one slot above the others."""
+    every: list[int] = []
+    for region in range(regions):
+        held = [slot_indices(examples, slot, slots, region, regions, seed) for slot in range(slots)]
+        assert all(len(indices) > 0 for indices in held)
+        times = Counter(np.concatenate(held).tolist())
+        assert max(times.values()) - min(times.values()) <= 1
+        assert slots_share(examples, slots, region, regions) is (slots > len(times))
+        every += times
+    assert sorted(every) == list(range(examples))
+
+
+def test_region_without_an_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 examples are too few for 3 regions"):
+        slot_indices(2, 0, 1, 2, 3, seed=1)
+
+
+@given(examples=st.integers(20, 600), slots=st.integers(1, 20), seed=st.integers(0, 2**32))
 def test_slots_of_a_region_differ_by_at_most_one_example(
     examples: int, slots: int, seed: int
 ) -> None:

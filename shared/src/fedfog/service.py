@@ -21,6 +21,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_SUCCEEDED_BY_ANOTHER = 3
 
+OTHER_FILES = 200  # of a process, beside its connections
+
 
 class StopRequested:
     """Event that SIGTERM and SIGINT put into a service's queue."""
@@ -65,6 +67,27 @@ def on_stop(put: Callable[[StopRequested], None]) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+
+
+def allow_open_files(connections: int, setting: str) -> None:
+    """Raise the limit of open files, of this process and of those that it starts, if so many
+    connections need it.
+
+    Raises:
+        ServiceError: the system's own limit is lower; the text names `setting`, which asks for it.
+    """
+    import resource  # not on Windows
+
+    needed = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ServiceError(
+            f"{setting}={connections} needs {needed} open files, but a process may have {hard}: "
+            "raise the limit (`ulimit -Hn`, in Compose `ulimits: nofile`)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 PR_SET_PDEATHSIG = 1

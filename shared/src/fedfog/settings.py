@@ -203,6 +203,13 @@ class ClientSettings(RegionSettings, DataSettings):
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the client's own examples kept for validation"
     )
+    clients_per_process: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="clients that this process hosts, each with a session and a name of its own: "
+        "`<CLIENT_ID>-0000` and so on. They train one after the other: use a process for each core",
+    )
     training_threads: int = Field(1, ge=1, description="threads that PyTorch may use")
     exit_when_finished: bool = Field(
         False, description="end after a run in which the client took part"

@@ -1,246 +1,141 @@
-"""Shell around `fedfog.core.participation`: MQTT, the outbox and the trainer on the outside."""
+"""The process of one or many clients: one loop, one queue of events, one trainer."""
 
-import random
+import heapq
 import re
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import structlog
 
-import fedfog
 from fedfog import logs, service
-from fedfog.core import participation as core
-from fedfog.files import next_boot, write_atomically
+from fedfog.files import write_atomically
 from fedfog.health import BEAT_SECONDS, Heartbeat
-from fedfog.logs import Step
-from fedfog.messages.codec import (
-    CodecError,
-    TensorMessage,
-    decode,
-    decode_json,
-    digest_of,
-    encode,
-)
-from fedfog.messages.schemas import (
-    ModelMeta,
-    Presence,
-    Receipt,
-    RegionReceipt,
-    RunState,
-    Slot,
-    Status,
-    UpdateMeta,
-    Verdict,
-)
+from fedfog.messages.topics import is_name
 from fedfog.settings import ClientSettings, load
-from fedfog.transport import mqtt
+from fedfog.transport.mqtt import TransportError
+from fedfog.transport.network import Network, SessionFailed, SharedSession
+from fedfog_client.client import Client, ModelReader
 from fedfog_client.outbox import Outbox
-from fedfog_client.trainer import Job, Trained, Trainer, TrainingFailed
+from fedfog_client.trainer import Trained, Trainer, TrainingFailed
 
 log = structlog.get_logger()
 
 
-class Client:
-    """One edge client of a region."""
+class Process:
+    """Hosts the clients named in `state_dirs`, each with its own folder.
 
-    def __init__(self, settings: ClientSettings, client_id: str) -> None:
+    A client that cannot go on ends alone; with the last one the process ends.
+    """
+
+    def __init__(self, settings: ClientSettings, state_dirs: dict[str, Path]) -> None:
         self._settings = settings
-        self._id, self._region = client_id, settings.region
-        self._topics = topics = settings.topics
-        self._boot = next_boot(settings.state_dir)
-        self._outbox = Outbox(settings.state_dir)
-        left = self._outbox.load()
-        if left and (left.region, left.client) != (self._region, self._id):
-            log.warning("outbox_of_another_client", update=left.id)  # REGION or CLIENT_ID changed
-            self._outbox.clear()
-            left = None
-        self._core = core.Participation(
-            random.Random(), outbox=(left.run, left.round) if left else None
-        )
-        self._model: TensorMessage[ModelMeta] | None = None
-        self._slot: Slot | None = None
-        self._exit: int | None = None
-        region, client = self._region, self._id
-        self.session = mqtt.Session(
-            f"fedfog-client-{region}-{client}",
-            settings.mqtt_broker,
-            settings.mqtt_port,
-            [
-                topics.status(region),
-                topics.slot(region, client),
-                topics.receipts(region, client),
-                topics.receipts(region),
-                topics.global_model,
-            ],
-            will=(topics.presence(region, client), self._presence(online=False)),
-            timeout=settings.mqtt_timeout,
-        )
-        self._trainer = Trainer(settings, self.session.events.put)
+        self._network = Network()
+        self._trainer = Trainer(settings, self._network.put)
+        reader = ModelReader()
+        clients = [
+            Client(settings, name, folder, self._network, reader, self._trainer, self._run_finished)
+            for name, folder in state_dirs.items()
+        ]
+        self._clients = {client.id: client for client in clients}
+        self._by_session: dict[SharedSession | None, Client] = {c.session: c for c in clients}
+        self._due: list[tuple[float, str]] = []
+        self._finished: dict[str, bool] = {}  # clients that saw the end of a run: they took part
+        self._failed = False
 
     def run(self) -> int:
         """Take part until SIGTERM or, with EXIT_WHEN_FINISHED, the end of a run; returns the exit
-        code."""
-        log.info("client_started", boot=self._boot)
+        code.
+
+        Raises:
+            ServiceError, TransportError: no client is left that could go on.
+        """
         heartbeat = Heartbeat()
-        service.on_stop(self.session.events.put)
-        self.session.start()
+        service.on_stop(self._network.put)
+        self._network.start()
+        for client in self._clients.values():
+            client.start()
         self._trainer.start()
-        while self._exit is None:
-            due = self._core.wake_at()
+        while not self._over():
             now = time.monotonic()
-            wait = BEAT_SECONDS if due is None else min(BEAT_SECONDS, due - now)
-            event = self.session.next(wait)
+            wait = min(BEAT_SECONDS, self._due[0][0] - now) if self._due else BEAT_SECONDS
+            item = self._network.next(wait)
             now = time.monotonic()
-            heartbeat.beat("ready" if self.session.connected else "no MQTT broker")
-            if isinstance(event, service.StopRequested):
-                break
-            if (core_event := self._translate(event)) is not None:
-                self._apply(core_event, now)
-            if due is not None and now >= due:
-                self._apply(core.Tick(), now)
-        topic = self._topics.presence(self._region, self._id)
-        self.session.publish(topic, self._presence(online=False), retain=True)
-        self.session.stop()
-        log.info("client_stopped", round=self._core.round, duty=self._core.duty)
-        return self._exit or service.EXIT_OK
+            heartbeat.beat("ready" if self._network.connected else "no MQTT broker")
+            if item is not None:
+                session, event = item
+                if isinstance(event, service.StopRequested):
+                    break
+                self._handle(session, event, now)
+            self._tick(now)
+        for client in self._clients.values():
+            client.stop()
+        self._network.stop()
+        return service.EXIT_FAILED if self._failed else service.EXIT_OK
 
-    # From messages to events
-
-    def _translate(self, event: Any) -> core.Event | None:
+    def _handle(self, session: SharedSession | None, event: Any, now: float) -> None:
         match event:
-            case mqtt.Connected():
-                return core.Connected()
-            case mqtt.Disconnected(reason):
-                log.warning("mqtt_disconnected", reason=reason)
-            case Trained():
-                return self._trained(event)
-            case TrainingFailed(error):
-                raise service.ServiceError(f"training failed: {error}") from error
-            case mqtt.Received(topic, payload) if payload:
-                try:
-                    return self._message(topic, payload)
-                except CodecError as error:
-                    log.warning(
-                        "message_refused", topic=topic, bytes=len(payload), reason=str(error)
-                    )
-        return None
+            case SessionFailed(error):
+                self._end(self._by_session.get(session), error)
+                return
+            case TrainingFailed(error, name):
+                reason = service.ServiceError(f"training failed: {error}")
+                if name is None:
+                    raise reason from error
+                self._end(self._clients.get(name), reason)
+                return
+            case Trained(job):
+                client = self._clients.get(job.client)
+            case _:
+                client = self._by_session.get(session)
+        if client is not None:
+            self._act(client, now, event)
 
-    def _message(self, topic: str, payload: bytes) -> core.Event | None:
-        topics, region = self._topics, self._region
-        if topic == topics.global_model:
-            return self._model_arrived(payload)
-        if topic == topics.slot(region, self._id):
-            self._slot = slot = decode_json(payload, Slot)
-            return core.SlotDealt(slot.run, slot.slot)
-        if topic == topics.status(region):
-            status = decode_json(payload, Status)
-            return core.AggregatorSeen(status.boot) if status.online else None
-        if topic == topics.receipts(region):
-            closed = decode_json(payload, RegionReceipt)
-            if self._id not in closed.members:
-                return None
-            return core.VerdictArrived(closed.run, closed.round, Verdict.ACCEPTED, closed.boot)
-        receipt = decode_json(payload, Receipt)
-        # An update that could not even be read there is the one that was sent last.
-        run = receipt.run or self._core.run or ""
-        round_ = self._core.round if receipt.round is None else receipt.round
-        return core.VerdictArrived(run, round_, receipt.verdict, receipt.boot, receipt.reason)
+    def _tick(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            due, name = heapq.heappop(self._due)
+            client = self._clients.get(name)
+            if client is not None and client.wake_at() == due:
+                self._act(client, now, None)
 
-    def _model_arrived(self, payload: bytes) -> core.Event:
-        began = time.monotonic()
-        model = decode(payload, ModelMeta)
-        if digest_of(model.vector) != model.meta.digest:
-            raise CodecError("the digest is not that of the tensors")
-        meta = model.meta
-        event = core.ModelArrived(
-            meta.run, meta.run_started, meta.round + 1, meta.state is RunState.FINISHED
+    def _act(self, client: Client, now: float, event: Any | None) -> None:
+        """Hand an event to a client; none: its time has come."""
+        before = client.wake_at()
+        try:
+            if event is None:
+                client.tick(now)
+            else:
+                client.handle(event, now)
+        except TransportError as error:
+            self._end(client, error)
+            return
+        due = client.wake_at()
+        if due is not None and due != before:
+            heapq.heappush(self._due, (due, client.id))
+
+    def _end(self, client: Client | None, error: Exception) -> None:
+        if client is None:  # it has ended for another reason
+            return
+        del self._clients[client.id], self._by_session[client.session]
+        if not self._clients:
+            raise error
+        self._failed = True
+        client.log.error("client_failed", error=str(error), others=len(self._clients))
+        self._finished.pop(client.id, None)
+        self._trainer.cancel(client.id)
+        client.stop()
+        client.session.stop()
+
+    def _run_finished(self, client: Client, took_part: bool) -> None:
+        self._finished[client.id] = took_part
+
+    def _over(self) -> bool:
+        return (
+            self._settings.exit_when_finished
+            and len(self._finished) == len(self._clients)
+            and any(self._finished.values())
         )
-        if self._core.is_news(event):
-            self._model = model
-            known = meta.evaluation
-            log.info(
-                Step.APPLY_MODEL,
-                run=meta.run,
-                round=f"{meta.round}/{meta.rounds}",
-                state=meta.state,
-                test_accuracy=known.accuracy if known else None,
-                of_round=known.round if known else None,
-                seconds=round(time.monotonic() - began, 4),
-            )
-        return event
-
-    def _trained(self, trained: Trained) -> core.Event:
-        """Put the update into the outbox: from here on it survives a crash."""
-        job = trained.job
-        meta = UpdateMeta(
-            run=job.run,
-            round=job.round,
-            region=self._region,
-            client=self._id,
-            base_digest=job.model.meta.digest,
-            num_examples=trained.num_examples,
-            metrics=trained.metrics,
-            train_seconds=round(trained.seconds, 4),
-        )
-        log.info(
-            Step.TRAIN,
-            update=meta.id,
-            examples=meta.num_examples,
-            seconds=meta.train_seconds,
-            **{k: round(v, 4) for k, v in meta.metrics.model_dump(exclude_none=True).items()},
-        )
-        self._outbox.put(encode(meta, trained.table, trained.vector))
-        return core.Trained(job.run, job.round)
-
-    # From actions to messages
-
-    def _apply(self, event: core.Event, now: float) -> None:
-        for action in self._core.handle(event, now):
-            match action:
-                case core.Announce():
-                    topic = self._topics.presence(self._region, self._id)
-                    self.session.publish(topic, self._presence(online=True), retain=True)
-                case core.Train(run, round_):
-                    assert self._model is not None and self._slot is not None
-                    self._trainer.submit(Job(run, round_, self._model, self._slot))
-                case core.CancelTraining():
-                    self._trainer.cancel()
-                case core.Send(run, round_, attempt, why):
-                    self._send(run, round_, attempt, why)
-                case core.EmptyOutbox(run, round_, verdict, reason):
-                    self._outbox.clear()
-                    level = log.error if verdict == Verdict.REJECTED else log.info
-                    level(f"update_{verdict}", update=self._update_id(run, round_), reason=reason)
-                case core.RunFinished(run, took_part):
-                    log.info("run_finished", run=run, took_part=took_part)
-                    if took_part and self._settings.exit_when_finished:
-                        self._exit = service.EXIT_OK
-
-    def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
-        payload = self._outbox.payload
-        assert payload is not None
-        began = time.monotonic()
-        if self.session.publish(self._topics.update(self._region, self._id), payload):
-            log.info(
-                Step.PUBLISH_UPDATE,
-                update=self._update_id(run, round_),
-                attempt=attempt,
-                why=why,
-                bytes=len(payload),
-                seconds=round(time.monotonic() - began, 4),
-            )
-
-    def _update_id(self, run: str, round_: int) -> str:
-        return f"{run}/{round_}/{self._region}/{self._id}"
-
-    def _presence(self, online: bool) -> bytes:
-        return Presence(
-            online=online,
-            boot=self._boot,
-            slot=self._core.current_slot,
-            version=fedfog.__version__,
-        ).to_json()
 
 
 def client_id_of(settings: ClientSettings) -> str:
@@ -265,6 +160,21 @@ def client_id_of(settings: ClientSettings) -> str:
     return name
 
 
+def state_dirs(settings: ClientSettings, client_id: str) -> dict[str, Path]:
+    """Names of the process's clients, and the folder of each.
+
+    Raises:
+        ServiceError: CLIENT_ID is too long for a number behind it.
+    """
+    count = settings.clients_per_process
+    if count == 1:
+        return {client_id: settings.state_dir}
+    names = [f"{client_id}-{number:04d}" for number in range(count)]
+    if not is_name(names[-1]):
+        raise service.ServiceError(f"CLIENT_ID={client_id}: {names[-1]} is too long for a name")
+    return {name: settings.state_dir / name for name in names}
+
+
 def main() -> None:
     settings = load(ClientSettings)
 
@@ -273,9 +183,12 @@ def main() -> None:
             client_id = client_id_of(settings)
         except OSError as error:
             raise service.ServiceError(f"{error} (STATE_DIR)") from error
-        context = {"region": settings.region, "client": client_id}
+        context = {"region": settings.region}
+        if settings.clients_per_process == 1:
+            context["client"] = client_id
         logs.configure("client", settings.log_level, settings.log_format, **context)
-        return Client(settings, client_id).run()
+        service.allow_open_files(settings.clients_per_process, "CLIENTS_PER_PROCESS")
+        return Process(settings, state_dirs(settings, client_id)).run()
 
     service.run("client", settings, body, region=settings.region)
 

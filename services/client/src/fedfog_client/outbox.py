@@ -27,7 +27,16 @@ class Outbox:
     def __init__(self, state_dir: Path) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         self.path = state_dir / "outbox"
-        self.payload: bytes | None = None
+        self._kept: bytes | None = None
+        self._written = False
+
+    @property
+    def payload(self) -> bytes | None:
+        """The update, from memory or from the file; a damaged file is removed, and the log says
+        so."""
+        if self._kept is None:
+            self.load()
+        return self._kept
 
     def load(self) -> UpdateMeta | None:
         """What an earlier life left here; a damaged file is removed, and the log says so."""
@@ -43,18 +52,25 @@ class Outbox:
             log.warning("outbox_damaged", path=str(self.path), reason=str(error))
             self.clear()
             return None
-        self.payload = payload
+        self._kept, self._written = payload, True
         return meta
 
     def put(self, payload: bytes) -> None:
         """Keep an update. If the disk is full it is kept in memory only, and the log says so: it
         would be lost with this process, but nobody has accepted it yet."""
-        self.payload = payload
+        self._kept, self._written = payload, False
         try:
             write_atomically(self.path, sha256(payload).digest() + payload)
+            self._written = True
         except OSError as error:
             log.error("outbox_not_written", error=str(error), setting="STATE_DIR")
 
+    def release(self) -> None:
+        """Keep the update in the file alone: those of all clients of a process may be more than
+        its memory."""
+        if self._written:
+            self._kept = None
+
     def clear(self) -> None:
-        self.payload = None
+        self._kept = None
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,9 @@
-"""Training in a thread of its own, so that messages are answered while a model is trained."""
+"""Training in a thread of its own, so that messages are answered while a model is trained.
+
+A process trains one model at a time: PyTorch has one generator of random numbers for the process,
+and what a client draws must not depend on who trains beside it. It is the processes that use the
+cores.
+"""
 
 import threading
 import time
@@ -9,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from fedfog.core.slots import slot_indices
+from fedfog.core.slots import slot_indices, slots_share
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector
 from fedfog.messages.schemas import ClientMetrics, ModelMeta, Slot
 from fedfog.settings import ClientSettings
@@ -24,6 +29,7 @@ SLOTS_PER_REGION = 1 << 20
 class Job:
     """Train from this global model on this slot for `round`."""
 
+    client: str
     run: str
     round: int
     model: TensorMessage[ModelMeta]
@@ -44,51 +50,69 @@ class Trained:
 
 @dataclass(frozen=True)
 class TrainingFailed:
+    """The client's training failed; if no client is named, none can train."""
+
     error: Exception
+    client: str | None = None
 
 
 class Trainer(threading.Thread):
-    """Works on the newest job; PyTorch is imported here, after the connection is under way."""
+    """Works on the newest job of each client, in the order in which they came; PyTorch is imported
+    here, after the connection is under way."""
 
-    def __init__(self, settings: ClientSettings, report: Callable[[Any], None]) -> None:
+    def __init__(
+        self, settings: ClientSettings, report: Callable[[Trained | TrainingFailed], None]
+    ) -> None:
         super().__init__(name="trainer", daemon=True)
         self._settings = settings
         self._report = report
         self._jobs: SimpleQueue[Job] = SimpleQueue()
-        self._wanted: Job | None = None
-        self._data: tuple[Any, Any] | None = None
-        self._data_key: tuple[Slot, int] | None = None
+        self._wanted: dict[str, Job] = {}
+        self._data: dict[str, tuple[tuple[Slot, int], tuple[Any, Any]]] = {}
 
     def submit(self, job: Job) -> None:
-        self._wanted = job
+        self._wanted[job.client] = job
         self._jobs.put(job)
 
-    def cancel(self) -> None:
-        """Stop the present job at its next batch; it reports nothing."""
-        self._wanted = None
+    def cancel(self, client: str) -> None:
+        """Drop the client's job, or stop it at its next batch; it reports nothing."""
+        self._wanted.pop(client, None)
 
     def run(self) -> None:
         try:
             import torch
 
-            from fedfog.ml.task import load_task
+            from fedfog.ml.task import DataError, load_task
 
             torch.set_num_threads(self._settings.training_threads)
             task = load_task(self._settings.task, data_dir=self._settings.data_dir)
             while True:
                 job = self._jobs.get()
-                if job is self._wanted and (trained := self._train(task, job)):
-                    self._report(trained)
+                if not self._is_wanted(job):
+                    continue
+                try:
+                    trained = self._train(task, job)
+                except DataError:
+                    raise  # it is the same for all clients
+                except Exception as error:  # noqa: BLE001 (it ends the client, in the main thread)
+                    self._report(TrainingFailed(error, job.client))
+                else:
+                    if trained is not None:
+                        self._report(trained)
         except Exception as error:  # noqa: BLE001 (it ends the service, in the main thread)
             self._report(TrainingFailed(error))
+
+    def _is_wanted(self, job: Job) -> bool:
+        return self._wanted.get(job.client) is job
 
     def _train(self, task: Any, job: Job) -> Trained | None:
         from fedfog.ml import training
         from fedfog.ml.evaluation import evaluate
 
         began = time.monotonic()
+        said = log.bind(client=job.client)
         parameters = job.model.meta.hyperparameters
-        examples, validation = self._examples(task, job.slot, parameters.seed)
+        examples, validation = self._examples(task, job, parameters.seed)
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
         received = evaluate(task, model, validation) if len(validation) else None
@@ -101,17 +125,17 @@ class Trainer(threading.Thread):
             batch_size=parameters.batch_size,
             learning_rate=parameters.learning_rate,
             seed=training.round_seed(parameters.seed, job.round, slot),
-            on_epoch=lambda epoch, epochs, loss, accuracy: log.info(
+            on_epoch=lambda epoch, epochs, loss, accuracy: said.info(
                 "epoch",
                 round=job.round,
                 epoch=f"{epoch}/{epochs}",
                 loss=round(loss, 4),
                 accuracy=round(accuracy, 4),
             ),
-            should_stop=lambda: self._wanted is not job,
+            should_stop=lambda: not self._is_wanted(job),
         )
         if result is None:
-            log.info("training_cancelled", round=job.round)
+            said.info("training_cancelled", round=job.round)
             return None
         arrays = training.state_arrays(model)
         table = TensorTable.of(arrays)
@@ -128,36 +152,35 @@ class Trainer(threading.Thread):
             time.monotonic() - began,
         )
 
-    def _examples(self, task: Any, slot: Slot, seed: int) -> tuple[Any, Any]:
-        """Training and validation examples of a slot; kept until the slot changes."""
+    def _examples(self, task: Any, job: Job, seed: int) -> tuple[Any, Any]:
+        """Training and validation examples of the client's slot; kept until the slot changes."""
         from fedfog.ml.training import round_seed, split_validation
 
-        if self._data is None or self._data_key != (slot, seed):
+        slot = job.slot
+        key, data = self._data.get(job.client, (None, None))
+        if data is None or key != (slot, seed):
             labels = task.training_labels()
             mine = slot_indices(
                 len(labels), slot.slot, slot.slots, slot.region_index, slot.regions, seed
             )
-            if len(mine) == 0:
-                raise ValueError(
-                    f"slot {slot.slot} of {slot.slots} is empty: the training set has only "
-                    f"{len(labels)} examples; start fewer clients"
-                )
             kept, validation = split_validation(
                 mine,
                 labels,
                 self._settings.validation_fraction,
                 round_seed(seed, 0, global_slot(slot)),
             )
-            self._data = (task.training_data(kept), task.training_data(validation))
-            self._data_key = (slot, seed)
+            data = (task.training_data(kept), task.training_data(validation))
+            self._data[job.client] = ((slot, seed), data)
             log.info(
                 "data_slot",
+                client=job.client,
                 slot=f"{slot.slot} of {slot.slots}",
                 region=f"{slot.region_index} of {slot.regions}",
                 training=len(kept),
                 validation=len(validation),
+                shared=slots_share(len(labels), slot.slots, slot.region_index, slot.regions),
             )
-        return self._data
+        return data
 
 
 def global_slot(slot: Slot) -> int:

@@ -44,15 +44,15 @@ class DemoError(Exception):
         self.exit_code = exit_code
 
 
-def run(options: Options) -> int:
-    """Run a federation from start to end; returns the exit code."""
+def run(options: Options, kind: str = "demo") -> int:
+    """Run a federation from start to end; returns the exit code. Its name begins with `kind`."""
     if sys.platform == "win32":
         sys.stderr.write("fedfog demo needs Linux, macOS or WSL: use Docker Compose (README.md).\n")
         return EXIT_FAILED
     began = time.monotonic()
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
-    name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         with tempfile.TemporaryDirectory(prefix="fedfog-demo-") as private:
             federation = Federation(options, name, Path(private))

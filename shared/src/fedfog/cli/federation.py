@@ -19,10 +19,12 @@ import psutil
 
 from fedfog.cli import clients
 from fedfog.cli.broker import Kind, LocalBroker, free_port
-from fedfog.service import spawn
+from fedfog.service import allow_open_files, spawn
 
 SERVER, BROKER = "central-server", "broker"
 STOP_SECONDS = 10.0
+PATIENCE = 3600  # seconds, of a simulated federation
+_LIMITS = ("ROUND_DEADLINE", "COHORT_LIMIT", "ROUND_TIMEOUT")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Options:
     runs_dir: Path
     data_dir: Path
     time_limit: float  # seconds
+    processes: int | None = None  # for the clients of a region; None: one for each client
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Federation:
             ServiceError: the broker does not come up.
         """
         options = self._options
+        allow_open_files(options.clients * options.regions, "--clients")
         server = self._env(
             SERVER,
             RUN_ID=self.folder.name,
@@ -186,11 +190,17 @@ class Federation:
         )
 
     def _start_clients(self) -> None:
+        count = self._options.clients
+        processes = self._options.processes or count
         start = []
         for region in self.regions:
-            for number in range(1, self._options.clients + 1):
+            for number in range(1, processes + 1):
+                # The whole of the clients, as evenly as it goes.
+                hosted = count * number // processes - count * (number - 1) // processes
                 name = f"{region}-client-{number}"
-                env = self._env(name, REGION=region, CLIENT_ID=f"client-{number}")
+                env = self._env(
+                    name, REGION=region, CLIENT_ID=f"client-{number}", CLIENTS_PER_PROCESS=hosted
+                )
                 start.append(clients.Client(name, str(self.logs / f"{name}.log"), env))
         path = self._private / "clients.json"
         clients.save(start, path)
@@ -218,4 +228,6 @@ class Federation:
             "no_proxy": direct,  # Flower's requests would go to the user's proxy
             "NO_PROXY": direct,
         } | settings
+        if self._options.processes:  # many trainings on few cores: nobody is to be left out
+            env = {key: os.environ.get(key, PATIENCE) for key in _LIMITS} | env
         return {key: str(value) for key, value in env.items()}

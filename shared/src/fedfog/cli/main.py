@@ -74,6 +74,69 @@ def demo(
 
 
 @app.command()
+def simulate(
+    clients: Annotated[int, typer.Option(min=1, help="clients in all")] = 1000,
+    regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 4,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="that host the clients, in all; at least one for each region. "
+            "Default: as many as there are cores",
+        ),
+    ] = 0,
+    rounds: Annotated[int, typer.Option(min=1, envvar="ROUNDS", help="global rounds")] = 5,
+    seed: Annotated[
+        int, typer.Option(min=0, envvar="SEED", help="of weights, partition and shuffling")
+    ] = 42,
+    local_epochs: Annotated[
+        int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
+    ] = 3,
+    task: Annotated[
+        str, typer.Option(envvar="TASK", help="ecg5000, ecg5000-5class or package.module:attribute")
+    ] = "ecg5000",
+    runs_dir: Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")] = Path(
+        "runs"
+    ),
+    data_dir: Annotated[
+        Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
+    ] = Path("data"),
+    time_limit: Annotated[
+        float, typer.Option(min=1, help="seconds after which the simulation gives up")
+    ] = 36000,
+) -> None:
+    """Run a federation of very many clients on this machine: like the demo, but a process hosts
+    many clients.
+
+    Each client has its own name, data slot, session with the broker and receipts; the model is bit
+    for bit that of a process for each. All other settings are taken from the environment.
+    """
+    import os
+
+    from fedfog.cli import demo as command
+    from fedfog.cli.federation import Options
+
+    if clients % regions:
+        raise typer.BadParameter(f"{clients} clients cannot be dealt evenly to {regions} regions")
+    in_all = processes or os.cpu_count() or 1
+    options = Options(
+        clients=clients // regions,
+        rounds=rounds,
+        regions=regions,
+        tiers=2,
+        seed=seed,
+        local_epochs=local_epochs,
+        task=task,
+        broker=None,
+        runs_dir=runs_dir,
+        data_dir=data_dir,
+        time_limit=time_limit,
+        processes=min(clients // regions, -(-in_all // regions)),
+    )
+    raise typer.Exit(command.run(options, "simulation"))
+
+
+@app.command()
 def monitor(
     topic_filter: Annotated[
         list[str] | None,

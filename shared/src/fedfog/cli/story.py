@@ -39,6 +39,7 @@ class Story:
         self._regions = Regions(regions)
         self._model_came: dict[int, float] = {}
         self._evaluation: schemas.Evaluation | None = None
+        self._refreshed = 0.0
         self._live: Live | None = None
         if console.is_terminal:
             self._live = Live(
@@ -69,8 +70,10 @@ class Story:
         self._console.print(line, soft_wrap=True)
 
     def refresh(self) -> None:
-        """Draw the live table anew, on a terminal."""
-        if self._live:
+        """Draw the live table anew, on a terminal; not for each message of a thousand clients."""
+        now = time.monotonic()
+        if self._live and now - self._refreshed >= REFRESH_SECONDS / 2:
+            self._refreshed = now
             self._live.refresh()
 
     def see(self, message: Message, now: float) -> None:

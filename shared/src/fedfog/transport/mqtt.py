@@ -61,6 +61,13 @@ class _Delivery:
     generation: int
 
 
+def reconnect_delays() -> tuple[float, float]:
+    """The first and the longest wait before a further attempt, in seconds; they double in between.
+    Random ends keep a fleet from coming back at once."""
+    first, longest = (random.uniform(*seconds) for seconds in RECONNECT_SECONDS)
+    return first, longest
+
+
 class Session:
     """A session of one service with the broker.
 
@@ -96,9 +103,7 @@ class Session:
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
         )
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
-        # Doubled at each attempt by paho: random ends keep a fleet from coming back at once.
-        first, longest = (random.uniform(*seconds) for seconds in RECONNECT_SECONDS)
-        client.reconnect_delay_set(first, longest)  # type: ignore[arg-type]
+        client.reconnect_delay_set(*reconnect_delays())  # type: ignore[arg-type]
         if will:
             client.will_set(*will, qos=1, retain=True)
         client.on_connect = self._on_connect
@@ -110,12 +115,15 @@ class Session:
 
     def start(self) -> None:
         """Begin to connect, and go on trying; `next` tells what comes of it."""
+        self._connect_later()
+        self._client.loop_start()
+
+    def _connect_later(self) -> None:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = RECEIVE_MAXIMUM
         self._client.connect_async(
             self._host, self._port, KEEPALIVE_SECONDS, clean_start=True, properties=properties
         )
-        self._client.loop_start()
 
     @property
     def connected(self) -> bool:
@@ -129,14 +137,18 @@ class Session:
             TransportError: no connection for MQTT_TIMEOUT seconds, or another process keeps
                 taking this session over.
         """
-        self._acknowledge()
-        self._check()
+        self.acknowledge()
+        self.check()
         if not self.connected:  # so that the limit of the wait is noticed in time
             timeout = 1.0 if timeout is None else min(timeout, 1.0)
         try:
             event = self.events.get(timeout=None if timeout is None else max(timeout, 0.0))
         except queue.Empty:
             return None
+        return self.take(event)
+
+    def take(self, event: Any) -> Any:
+        """What the owner sees of an event out of `events`; `acknowledge` is due after it."""
         if isinstance(event, _Delivery):
             self._unacknowledged = event
             return event.message
@@ -178,19 +190,21 @@ class Session:
 
     def stop(self, timeout: float = 2.0) -> None:
         """Flush, disconnect (the will is not published) and end the network thread."""
-        self._acknowledge()
+        self.acknowledge()
         if self.connected and not self.flush(timeout):
             log.warning("mqtt_not_flushed", messages=len(self._sent))
         self._client.disconnect()
         self._client.loop_stop()
 
-    def _acknowledge(self) -> None:
+    def acknowledge(self) -> None:
+        """Acknowledge the message that was taken last."""
         delivery, self._unacknowledged = self._unacknowledged, None
         # A mid of an earlier connection would acknowledge another message of the present one.
         if delivery and delivery.mid and delivery.generation == self._generation:
             self._client.ack(delivery.mid, 1)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises TransportError as `next` does."""
         since = self._offline_since
         if since is not None and time.monotonic() - since > self._timeout:
             raise TransportError(
@@ -220,7 +234,7 @@ class Session:
             self._client.subscribe([(t, SubscribeOptions(qos=1)) for t in self._subscriptions])
         self._offline_since = None
         log.debug("mqtt_connected", broker=f"{self._host}:{self._port}", id=self._id)
-        self.events.put(Connected())
+        self._emit(Connected())
 
     def _on_connect_fail(self, _c: Any, _u: Any) -> None:
         since = self._offline_since or time.monotonic()
@@ -236,11 +250,17 @@ class Session:
             return
         self._offline_since = now = time.monotonic()
         self._drops.append(now)
-        self.events.put(Disconnected(str(reason)))
+        self._emit(Disconnected(str(reason)))
 
     def _on_message(self, _c: Any, _u: Any, message: mqtt.MQTTMessage) -> None:
-        received = Received(message.topic, bytes(message.payload))
-        self.events.put(_Delivery(received, message.mid, self._generation))
+        received = Received(message.topic, self._payload(message))
+        self._emit(_Delivery(received, message.mid, self._generation))
+
+    def _payload(self, message: mqtt.MQTTMessage) -> bytes:
+        return bytes(message.payload)
+
+    def _emit(self, event: Any) -> None:
+        self.events.put(event)
 
     def _on_publish(self, _c: Any, _u: Any, mid: int, reason: Any, _p: Any) -> None:
         topic = self._topics.pop(mid, "")

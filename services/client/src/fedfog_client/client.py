@@ -1,0 +1,269 @@
+"""One logical client: `fedfog.core.participation` with its MQTT session and its outbox."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+import fedfog
+from fedfog.core import participation as core
+from fedfog.files import next_boot
+from fedfog.logs import Step
+from fedfog.messages.codec import (
+    CodecError,
+    TensorMessage,
+    decode,
+    decode_json,
+    digest_of,
+    encode,
+)
+from fedfog.messages.schemas import (
+    ModelMeta,
+    Presence,
+    Receipt,
+    RegionReceipt,
+    RunState,
+    Slot,
+    Status,
+    UpdateMeta,
+    Verdict,
+)
+from fedfog.settings import ClientSettings
+from fedfog.transport import mqtt
+from fedfog.transport.network import Network, SharedSession
+from fedfog_client.outbox import Outbox
+from fedfog_client.trainer import Job, Trained, Trainer
+
+
+class ModelReader:
+    """Decodes a global model once for all clients of a process, who are handed the same bytes."""
+
+    def __init__(self) -> None:
+        self._payload: bytes | None = None
+        self._model: TensorMessage[ModelMeta] | None = None
+
+    def read(self, payload: bytes) -> TensorMessage[ModelMeta]:
+        """Raises CodecError."""
+        if self._model is None or payload is not self._payload:
+            model = decode(payload, ModelMeta)
+            if digest_of(model.vector) != model.meta.digest:
+                raise CodecError("the digest is not that of the tensors")
+            self._payload, self._model = payload, model
+        return self._model
+
+
+class Client:
+    """One edge client of a region.
+
+    Args:
+        state_dir: its own; no other client may use it.
+        run_finished: told of the end of a run, and whether this client took part in it.
+    """
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        client_id: str,
+        state_dir: Path,
+        network: Network,
+        reader: ModelReader,
+        trainer: Trainer,
+        run_finished: Callable[["Client", bool], None],
+    ) -> None:
+        self.id, self._region = client_id, settings.region
+        self.log = structlog.get_logger().bind(client=client_id)
+        self._topics = topics = settings.topics
+        self._reader, self._trainer, self._run_finished = reader, trainer, run_finished
+        self._boot = next_boot(state_dir)
+        self._outbox = Outbox(state_dir)
+        left = self._outbox.load()
+        if left and (left.region, left.client) != (self._region, self.id):
+            # REGION or CLIENT_ID changed
+            self.log.warning("outbox_of_another_client", update=left.id)
+            self._outbox.clear()
+            left = None
+        self._core = core.Participation(
+            random.Random(), outbox=(left.run, left.round) if left else None
+        )
+        self._model: TensorMessage[ModelMeta] | None = None
+        self._slot: Slot | None = None
+        region, client = self._region, self.id
+        self.session = SharedSession(
+            network,
+            f"fedfog-client-{region}-{client}",
+            settings.mqtt_broker,
+            settings.mqtt_port,
+            [
+                topics.status(region),
+                topics.slot(region, client),
+                topics.receipts(region, client),
+                topics.receipts(region),
+                topics.global_model,
+            ],
+            will=(topics.presence(region, client), self._presence(online=False)),
+            timeout=settings.mqtt_timeout,
+        )
+
+    def start(self) -> None:
+        self.log.info("client_started", boot=self._boot)
+        self.session.start()
+
+    def stop(self) -> None:
+        """Publish the death, if that is possible; it does not end the session."""
+        topic = self._topics.presence(self._region, self.id)
+        self.session.publish(topic, self._presence(online=False), retain=True)
+        self.log.info("client_stopped", round=self._core.round, duty=self._core.duty)
+
+    def wake_at(self) -> float | None:
+        """When `tick` is due next."""
+        return self._core.wake_at()
+
+    def tick(self, now: float) -> None:
+        self._apply(core.Tick(), now)
+
+    def handle(self, event: Any, now: float) -> None:
+        """Act on an event of the session or of the trainer at time `now` (seconds, monotonic).
+
+        Raises:
+            TransportError: an update is larger than the broker takes.
+        """
+        if (core_event := self._translate(event)) is not None:
+            self._apply(core_event, now)
+
+    # From messages to events
+
+    def _translate(self, event: Any) -> core.Event | None:
+        match event:
+            case mqtt.Connected():
+                return core.Connected()
+            case mqtt.Disconnected(reason):
+                self.log.warning("mqtt_disconnected", reason=reason)
+            case Trained():
+                return self._trained(event)
+            case mqtt.Received(topic, payload) if payload:
+                try:
+                    return self._message(topic, payload)
+                except CodecError as error:
+                    self.log.warning(
+                        "message_refused", topic=topic, bytes=len(payload), reason=str(error)
+                    )
+        return None
+
+    def _message(self, topic: str, payload: bytes) -> core.Event | None:
+        topics, region = self._topics, self._region
+        if topic == topics.global_model:
+            return self._model_arrived(payload)
+        if topic == topics.slot(region, self.id):
+            self._slot = slot = decode_json(payload, Slot)
+            return core.SlotDealt(slot.run, slot.slot)
+        if topic == topics.status(region):
+            status = decode_json(payload, Status)
+            return core.AggregatorSeen(status.boot) if status.online else None
+        if topic == topics.receipts(region):
+            closed = decode_json(payload, RegionReceipt)
+            if self.id not in closed.members:
+                return None
+            return core.VerdictArrived(closed.run, closed.round, Verdict.ACCEPTED, closed.boot)
+        receipt = decode_json(payload, Receipt)
+        # An update that could not even be read there is the one that was sent last.
+        run = receipt.run or self._core.run or ""
+        round_ = self._core.round if receipt.round is None else receipt.round
+        return core.VerdictArrived(run, round_, receipt.verdict, receipt.boot, receipt.reason)
+
+    def _model_arrived(self, payload: bytes) -> core.Event:
+        began = time.monotonic()
+        model = self._reader.read(payload)
+        meta = model.meta
+        event = core.ModelArrived(
+            meta.run, meta.run_started, meta.round + 1, meta.state is RunState.FINISHED
+        )
+        if self._core.is_news(event):
+            self._model = model
+            known = meta.evaluation
+            self.log.info(
+                Step.APPLY_MODEL,
+                run=meta.run,
+                round=f"{meta.round}/{meta.rounds}",
+                state=meta.state,
+                test_accuracy=known.accuracy if known else None,
+                of_round=known.round if known else None,
+                seconds=round(time.monotonic() - began, 4),
+            )
+        return event
+
+    def _trained(self, trained: Trained) -> core.Event:
+        """Put the update into the outbox: from here on it survives a crash."""
+        job = trained.job
+        meta = UpdateMeta(
+            run=job.run,
+            round=job.round,
+            region=self._region,
+            client=self.id,
+            base_digest=job.model.meta.digest,
+            num_examples=trained.num_examples,
+            metrics=trained.metrics,
+            train_seconds=round(trained.seconds, 4),
+        )
+        self.log.info(
+            Step.TRAIN,
+            update=meta.id,
+            examples=meta.num_examples,
+            seconds=meta.train_seconds,
+            **{k: round(v, 4) for k, v in meta.metrics.model_dump(exclude_none=True).items()},
+        )
+        self._outbox.put(encode(meta, trained.table, trained.vector))
+        return core.Trained(job.run, job.round)
+
+    # From actions to messages
+
+    def _apply(self, event: core.Event, now: float) -> None:
+        for action in self._core.handle(event, now):
+            match action:
+                case core.Announce():
+                    topic = self._topics.presence(self._region, self.id)
+                    self.session.publish(topic, self._presence(online=True), retain=True)
+                case core.Train(run, round_):
+                    assert self._model is not None and self._slot is not None
+                    self._trainer.submit(Job(self.id, run, round_, self._model, self._slot))
+                case core.CancelTraining():
+                    self._trainer.cancel(self.id)
+                case core.Send(run, round_, attempt, why):
+                    self._send(run, round_, attempt, why)
+                case core.EmptyOutbox(run, round_, verdict, reason):
+                    self._outbox.clear()
+                    level = self.log.error if verdict == Verdict.REJECTED else self.log.info
+                    level(f"update_{verdict}", update=self._update_id(run, round_), reason=reason)
+                case core.RunFinished(run, took_part):
+                    self.log.info("run_finished", run=run, took_part=took_part)
+                    self._run_finished(self, took_part)
+
+    def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
+        payload = self._outbox.payload
+        if payload is None:
+            self.log.error("update_gone", update=self._update_id(run, round_), setting="STATE_DIR")
+            return
+        began = time.monotonic()
+        if self.session.publish(self._topics.update(self._region, self.id), payload):
+            self.log.info(
+                Step.PUBLISH_UPDATE,
+                update=self._update_id(run, round_),
+                attempt=attempt,
+                why=why,
+                bytes=len(payload),
+                seconds=round(time.monotonic() - began, 4),
+            )
+        self._outbox.release()
+
+    def _update_id(self, run: str, round_: int) -> str:
+        return f"{run}/{round_}/{self._region}/{self.id}"
+
+    def _presence(self, online: bool) -> bytes:
+        return Presence(
+            online=online,
+            boot=self._boot,
+            slot=self._core.current_slot,
+            version=fedfog.__version__,
+        ).to_json()
