@@ -481,7 +481,7 @@ class Federation:
             "figures": ledger.figures | {"faults": len(self.happened)},
             "faults": dict(sorted(kinds.items())),
             "recovery_s": {
-                kind: {"n": len(s), "median": median(s), "max": max(s)}
+                kind: {"n": len(s), "median": median(s), "max": max(s), "each": s}
                 for kind, s in sorted(waits.items())
             },
             "breaches": [str(breach) for breach in ledger.breaches],
