@@ -54,6 +54,17 @@ class Connected:
 
 
 @dataclass(frozen=True)
+class Newest:
+    """The newest round that was opened, by any boot. A broker that was restored from an old state
+    hands out older models, of rounds that the store has forgotten: opened again, they would give
+    a second partial."""
+
+    run: str
+    run_started: int
+    round: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """What the store has of a round: the committed members, or only the cohort."""
 
@@ -181,8 +192,7 @@ class DealSlot:
 
 @dataclass(frozen=True)
 class StoreCohort:
-    run: str
-    round: int
+    newest: Newest
     cohort: frozenset[str]
     slots: SlotTable
 
@@ -242,7 +252,9 @@ class IllegalEventError(Exception):
 class RegionRounds:
     """All rounds of one region in one boot of its aggregator."""
 
-    def __init__(self, region: str, policy: Policy, boot: int) -> None:
+    def __init__(
+        self, region: str, policy: Policy, boot: int, newest: Newest | None = None
+    ) -> None:
         self.region = region
         self.policy = policy
         self.boot = boot
@@ -254,7 +266,7 @@ class RegionRounds:
         self.members: dict[str, int] = {}
         self.slots: SlotTable | None = None
         self.deadline = 0.0
-        self._run_started = 0
+        self._newest = newest or Newest("", 0, 0)
         self._digest = ""
         self._total = WeightedSum(0)
         self._num_parameters = 0
@@ -306,8 +318,10 @@ class RegionRounds:
     # Models
 
     def _model(self, event: ModelArrived, now: float) -> list[Action]:
-        same_run = event.run == self.run
-        if event.run_started < self._run_started or (same_run and event.round < self.round):
+        same_run, newest = event.run == self.run, self._newest
+        if event.run_started < newest.run_started or (
+            event.run == newest.run and event.round < newest.round
+        ):
             fields = {"run": event.run, "round": event.round}
             return [Log("info", "older_model_ignored", fields)]
         if same_run and event.round == self.round:
@@ -318,7 +332,8 @@ class RegionRounds:
             actions.append(Log("warning", "round_overtaken_updates_void", void))
         # Right after a start it is not known yet who is there, and in a new run who will come.
         cohort_known = same_run and self.phase not in (Phase.WAITING, Phase.FORMING)
-        self.run, self._run_started, self.round = event.run, event.run_started, event.round
+        self.run, self.round = event.run, event.round
+        self._newest = Newest(event.run, event.run_started, event.round)
         self._digest, self._num_parameters = event.digest, event.num_parameters
         # A child that was in the last round may be just starting again.
         children = self.policy.children & self.members.keys()
@@ -354,7 +369,7 @@ class RegionRounds:
         """An expected number of clients is waited for; otherwise whoever comes in time is in, but
         a quorum that is a number has to be there."""
         return self.slots is not None or (
-            self.policy.expected == 0 and len(self.present) >= (self.policy.quorum or 0)
+            self._clients_expected == 0 and len(self.present) >= (self.policy.quorum or 0)
         )
 
     def _form(self, now: float) -> list[Action]:
@@ -389,7 +404,7 @@ class RegionRounds:
             dealt += self._deal(client, now)
         opened = {"round": self.round, "cohort": sorted(cohort), "quorum": self.expected}
         return [
-            StoreCohort(self.run, self.round, cohort, self.slots),
+            StoreCohort(self._newest, cohort, self.slots),
             PublishStatus(),
             *dealt,
             Log("info", "round_open", opened),
