@@ -14,6 +14,7 @@ from fedfog.core.slots import SlotTable
 
 CLIENTS = ("a", "b", "c")
 SIZE = 3
+KEEP_ROUNDS = 1
 RUN = "run"
 
 
@@ -33,8 +34,11 @@ class Store:
         self.cohorts: dict[int, frozenset[str]] = {}
         self.partials: dict[int, tuple[np.ndarray, dict[str, int]]] = {}
         self.slots: SlotTable | None = None
+        self.newest: rounds.Newest | None = None
 
     def stored(self, round: int) -> rounds.Stored | None:
+        if round < max(self.cohorts, default=0) - KEEP_ROUNDS:
+            return None  # forgotten; `partials` has it for the checks only
         if round in self.partials:
             return rounds.Stored(self.cohorts.get(round, frozenset()), self.partials[round][1])
         if round in self.cohorts:
@@ -51,6 +55,7 @@ class FaultyRegion(RuleBasedStateMachine):
         self.policy = rounds.Policy(quorum=quorum, deadline=10, settle=1, limit=20, expected=3)
         self.now = 0.0
         self.boot = 0
+        self.server_away = False
         self.store = Store()
         self.model = 0  # newest global model, retained at the broker
         self.presence: dict[str, rounds.PresenceSeen] = {}  # retained at the broker
@@ -69,37 +74,41 @@ class FaultyRegion(RuleBasedStateMachine):
     def _begin_above(self) -> None:
         """For those who look further up than the region."""
 
-    def _arrived(self) -> rounds.ModelArrived:
-        next_round = self.model + 1
+    def _arrived(self, model: int | None = None) -> rounds.ModelArrived:
+        model = self.model if model is None else model
+        next_round = model + 1
         stored = self.store.stored(next_round)
         return rounds.ModelArrived(
-            RUN, 1, next_round, f"m{self.model}", SIZE, False, stored, self.store.slots
+            RUN, 1, next_round, f"m{model}", SIZE, False, stored, self.store.slots
         )
 
-    def _start_region(self) -> None:
+    def _start_region(self, retained: int | None = None) -> None:
+        """`retained`: the model that an old broker hands out before the newest comes again."""
         self.boot += 1
-        self.region = rounds.RegionRounds("r", self.policy, self.boot)
+        self.region = rounds.RegionRounds("r", self.policy, self.boot, self.store.newest)
         self.to_region = []
         self._to_rules(rounds.Connected())
-        self._to_rules(self._arrived())
+        self._to_rules(self._arrived(retained))
         for presence in self.presence.values():
             self._to_rules(presence)
 
-    def _start_client(self, client: str) -> None:
+    def _start_client(self, client: str, retained: int | None = None) -> None:
         self.client_boot[client] += 1
         outbox = self.outbox.get(client)
         self.clients[client] = edge.Participation(random.Random(0), outbox=outbox)
         self.to_client[client] = []
         self._to_client(client, edge.Connected())
-        self._to_client(client, edge.ModelArrived(RUN, 1, self.model + 1))
+        model = self.model if retained is None else retained
+        self._to_client(client, edge.ModelArrived(RUN, 1, model + 1))
 
     def _to_rules(self, event: rounds.Event, die_after_commit: bool = False) -> None:
         actions = self.region.handle(event, self.now)
         while actions:
             action = actions.pop(0)
             match action:
-                case rounds.StoreCohort(_, round, cohort, slots):
-                    self.store.cohorts[round] = cohort
+                case rounds.StoreCohort(newest, cohort, slots):
+                    self.store.cohorts[newest.round] = cohort
+                    self.store.newest = newest
                     self.store.slots = slots
                 case rounds.StoreSlots(slots):
                     self.store.slots = slots
@@ -202,12 +211,22 @@ class FaultyRegion(RuleBasedStateMachine):
 
     @rule()
     def publish_next_model(self) -> None:
-        if self.model + 1 in self.store.partials:
+        if self.model + 1 in self.store.partials and not self.server_away:
             self._publish_model(self.model + 1)
 
     @rule(
         fault=st.sampled_from(
-            ["lose", "lose to region", "double", "old model", "broker", "region", "client", "will"]
+            [
+                "lose",
+                "lose to region",
+                "double",
+                "old model",
+                "old model at start",
+                "broker",
+                "region",
+                "client",
+                "will",
+            ]
         ),
         client=st.sampled_from(CLIENTS),
     )
@@ -228,6 +247,13 @@ class FaultyRegion(RuleBasedStateMachine):
                 self._to_rules(rounds.ModelArrived(RUN, 1, max(1, self.model), "m", SIZE))
                 for name in CLIENTS:
                     self._to_client(name, edge.ModelArrived(RUN, 1, max(1, self.model)))
+            case "old model at start":
+                old = max(0, self.model - 3)
+                self._start_region(retained=old)
+                for name in CLIENTS:  # so do they, and what they trained is not in their outbox
+                    self.outbox.pop(name, None)
+                    self._start_client(name, retained=old)
+                self.server_away = True
             case "broker":  # restarts without a memory
                 self.to_region.clear()
                 self.presence.clear()
@@ -272,7 +298,15 @@ class FaultyRegion(RuleBasedStateMachine):
                 return
         raise AssertionError(f"round {target} does not close: {self.region.phase}")
 
+    @rule()
+    def server_returns(self) -> None:
+        """It connects to the old broker, and publishes the newest model again."""
+        if self.server_away:
+            self.server_away = False
+            self._publish_model(self.model)
+
     def _calm_second(self) -> None:
+        self.server_returns()
         self.now += 1.0
         self._to_rules(rounds.Tick())
         for client in CLIENTS:

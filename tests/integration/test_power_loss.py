@@ -17,6 +17,7 @@ from centre import lines
 from conftest import Service
 from fedfog import health
 from fedfog.cli.broker import LocalBroker
+from fedfog.core.rounds import Newest
 from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
 from fedfog.messages.schemas import Evaluation, PartialMeta, RoundRecord
@@ -103,7 +104,7 @@ SLOTS = {"a": 0, "c": 1}
 
 def round_of(store: PartialStore, round: int) -> None:
     slots = SlotTable("run", 2, dict(SLOTS))
-    store.save_cohort("run", round, frozenset(SLOTS), slots, keep=2)
+    store.save_cohort(Newest("run", 1, round), frozenset(SLOTS), slots, keep=2)
     store.commit("run", round, partial(round, round, parameters=3000), {"c": 10})
 
 

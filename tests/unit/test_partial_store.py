@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fedfog.core.rounds import Newest
 from fedfog.core.slots import SlotTable
 from fedfog_aggregator.store import AnotherOwnerError, PartialStore
 from flower import partial
@@ -13,7 +14,8 @@ SLOTS = SlotTable("run", 2, {"a": 0, "b": 1})
 
 
 def do_round(store: PartialStore, round: int, run: str = "run") -> None:
-    store.save_cohort(run, round, CLIENTS, SlotTable(run, 2, dict(SLOTS.holders)), keep=2)
+    slots = SlotTable(run, 2, dict(SLOTS.holders))
+    store.save_cohort(Newest(run, 1, round), CLIENTS, slots, keep=2)
     store.commit(run, round, partial(round, round, run=run, parameters=2000), {"c": 10})
 
 
@@ -59,3 +61,11 @@ def test_second_partial_of_a_round_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AnotherOwnerError, match=r"aggregator\.db already has a partial of round 1"):
         store.commit("run", 1, partial(9.0, 1), {"c": 10})
     assert store.partial("run", 1) == partial(1, 1, parameters=2000)
+
+
+def test_store_knows_the_newest_round_that_was_opened(tmp_path: Path) -> None:
+    assert PartialStore(tmp_path).newest() is None
+    store = PartialStore(tmp_path)
+    for round in range(1, 6):
+        do_round(store, round)
+    assert PartialStore(tmp_path).newest() == Newest("run", 1, 5)

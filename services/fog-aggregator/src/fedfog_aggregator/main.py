@@ -76,6 +76,7 @@ class Aggregator:
                 store_limit=settings.store_timeout,
             ),
             self._boot,
+            self._store.newest(),
         )
         self._table: TensorTable | None = None
         self._last_progress = 0.0
@@ -306,8 +307,8 @@ class Aggregator:
                     )
                     topic = self._topics.slot(self._region, client)
                     self.session.publish(topic, dealt.to_json())
-                case rounds.StoreCohort(run, round_, cohort, slots_table):
-                    self._store_cohort(run, round_, cohort, slots_table)
+                case rounds.StoreCohort(newest, cohort, slots_table):
+                    self._store_cohort(newest, cohort, slots_table)
                 case rounds.StoreSlots(slots_table):
                     self._store_slots(slots_table)
                 case rounds.Commit() as commit:
@@ -321,10 +322,10 @@ class Aggregator:
                     )
 
     def _store_cohort(
-        self, run: str, round_: int, cohort: frozenset[str], slots: SlotTable
+        self, newest: rounds.Newest, cohort: frozenset[str], slots: SlotTable
     ) -> None:
         try:
-            self._store.save_cohort(run, round_, cohort, slots, self._settings.keep_rounds)
+            self._store.save_cohort(newest, cohort, slots, self._settings.keep_rounds)
         except StoreError as error:
             # Only a restart in this very round would miss it; the partial is what must not fail.
             log.error("cohort_not_stored", error=str(error))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedfog.core.rounds import Stored
+from fedfog.core.rounds import Newest, Stored
 from fedfog.core.slots import SlotTable
 from fedfog.messages.codec import CodecError, decode, digest_of
 from fedfog.messages.schemas import PartialMeta
@@ -24,6 +24,7 @@ create table if not exists cohort
     (run text, round int, clients text not null, primary key (run, round));
 create table if not exists partial
     (run text, round int, payload blob not null, members text not null, primary key (run, round));
+create table if not exists newest (run text, run_started int, round int);
 create table if not exists slots (run text primary key, slots int not null, holders text not null);
 """
 
@@ -59,6 +60,12 @@ class PartialStore:
 
     def close(self) -> None:
         self._db.close()
+
+    def newest(self) -> Newest | None:
+        """The newest round whose cohort was saved."""
+        with self._errors():
+            row = self._db.execute("select run, run_started, round from newest").fetchone()
+        return Newest(*row) if row else None
 
     def stored(self, run: str, round_: int) -> Stored | None:
         """Cohort and, if the round is closed, members (client -> examples) of a round."""
@@ -110,12 +117,16 @@ class PartialStore:
             self._put_slots(slots)
 
     def save_cohort(
-        self, run: str, round_: int, cohort: frozenset[str], slots: SlotTable, keep: int
+        self, newest: Newest, cohort: frozenset[str], slots: SlotTable, keep: int
     ) -> None:
         """Keep the cohort of a round that opens; forget other runs and rounds before the `keep`
         newest closed ones."""
+        run, round_ = newest.run, newest.round
         insert = "insert or replace into cohort values (?, ?, ?)"
         with self._errors(), self._db:
+            self._db.execute("delete from newest")
+            row = (run, newest.run_started, round_)
+            self._db.execute("insert into newest values (?, ?, ?)", row)
             self._db.execute(insert, (run, round_, json.dumps(sorted(cohort))))
             self._put_slots(slots)
             for table in ("cohort", "partial"):

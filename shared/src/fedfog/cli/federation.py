@@ -34,7 +34,6 @@ class Options:
     clients: int  # in each region
     rounds: int
     regions: int
-    tiers: int  # that average: the regions, aggregators above them, and the server
     seed: int
     local_epochs: int
     task: str
@@ -42,6 +41,7 @@ class Options:
     runs_dir: Path
     data_dir: Path
     time_limit: float  # seconds
+    tiers: int = 2  # that average: the regions, aggregators above them, and the server
     processes: int | None = None  # for the clients of a region; None: one for each client
 
 
