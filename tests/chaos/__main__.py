@@ -20,6 +20,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=7, help="of the schedule")
     parser.add_argument("--replay", type=Path, help="a schedule.json to be carried out again")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="each fault alone, to see how long it takes"
+    )
     parser.add_argument("--folder", type=Path, help="takes logs, schedule.json and report.json")
     arguments = parser.parse_args()
     name = f"chaos-{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -30,11 +33,16 @@ def main() -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    federation = Federation(folder / "federation", say=say)
+    # Alone, a fault must not meet the end of a run and the start of the next.
+    rounds = {"ROUNDS": 100_000} if arguments.one_by_one else {}
+    federation = Federation(folder / "federation", say=say, **rounds)
     problem = ""
     try:
         if arguments.replay:
             faults = schedule.load(arguments.replay)
+        elif arguments.one_by_one:
+            faults = schedule.one_by_one(arguments.seed, federation.targets)
+            arguments.seconds = faults[-1].at + schedule.HALF_OPEN_GAP
         else:
             faults = schedule.draw(arguments.seed, arguments.seconds, federation.targets)
         schedule.save(faults, folder / "schedule.json")
@@ -42,7 +50,7 @@ def main() -> int:
         for fault in faults:
             say(str(fault))
         federation.start()
-        federation.torment(faults, arguments.seconds)
+        federation.torment(faults, arguments.seconds, finish=not arguments.one_by_one)
         federation.stop()
     except TimeoutError as error:
         problem = str(error)

@@ -415,14 +415,16 @@ class Federation:
 
     # The whole
 
-    def torment(self, faults: Sequence[Fault], seconds: float) -> None:
-        """Carry out a schedule, heal all, and have the present run end. Raises TimeoutError."""
+    def torment(self, faults: Sequence[Fault], seconds: float, finish: bool = True) -> None:
+        """Carry out a schedule, heal all, and have the present run end, or not. Raises
+        TimeoutError."""
         began = time.monotonic()
         for fault in faults:
             self.pass_time(began + fault.at)
             self.inject(fault)
         self.pass_time(began + seconds)
-        self.finish()
+        if finish:
+            self.finish()
 
     def pass_time(self, until: float) -> None:
         self.until(lambda: time.monotonic() >= until, math.inf, "time passes")

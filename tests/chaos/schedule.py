@@ -11,6 +11,9 @@ BROKER, SERVER = "broker", "server"
 CALM_SECONDS = 6.0  # at the end
 GAP_SECONDS = (0.5, 4.5)  # from one fault to the next: 40 in 120 s, and several at once
 LASTS_SECONDS = (0.3, 6.0)
+# One by one: how long each lasts, and the time to the next; nothing but the keep-alive (15 s) tells
+# of a half-open connection.
+ALONE_SECONDS, ALONE_GAP, HALF_OPEN_GAP = 2.0, 9.0, 30.0
 
 _PROCESS = {"kill": 4, "stop": 2, "terminate": 2}
 _NETWORK = {
@@ -68,6 +71,21 @@ def draw(seed: int, seconds: float, targets: Sequence[str]) -> list[Fault]:
         lasts = 0.0 if kind in INSTANT else lasts
         faults.append(Fault(round(at, 2), kind, target, lasts, amount, damage))
         at += chance.uniform(*GAP_SECONDS)
+    return faults
+
+
+def one_by_one(seed: int, targets: Sequence[str]) -> list[Fault]:
+    """Each kind of fault on each kind of service once, so far apart that each is over before the
+    next one begins: for recovery times."""
+    chance = random.Random(seed)
+    names = [*targets, *(name + FLOWER for name in targets if name.endswith("-bridge"))]
+    chosen = {role(name): name for name in chance.sample(names, len(names))}
+    cases = [(target, kind) for target in chosen.values() for kind in _kinds(target)]
+    faults, at = [], 1.0
+    for target, kind in chance.sample(cases, len(cases)):
+        lasts = 0.0 if kind in INSTANT else ALONE_SECONDS
+        faults.append(Fault(round(at, 2), kind, target, lasts, _amount(chance, kind)))
+        at += lasts + (HALF_OPEN_GAP if kind == "half-open" else ALONE_GAP)
     return faults
 
 
