@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ def main() -> int:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     # Alone, a fault must not meet the end of a run and the start of the next.
-    rounds = {"ROUNDS": 100_000} if arguments.one_by_one else {}
+    rounds: dict[str, Any] = {"ROUNDS": 100_000} if arguments.one_by_one else {}
     federation = Federation(folder / "federation", say=say, **rounds)
     problem = ""
     try:
