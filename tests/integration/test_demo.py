@@ -150,6 +150,18 @@ def test_demo_runs_on_the_embedded_broker(
     assert_complete(run, output, clients=2, rounds=2)
 
 
+def test_demo_of_four_tiers_counts_every_client(demo: Callable[..., Demo]) -> None:
+    run = demo("--tiers", "4", "--regions", "3", "--clients", "1", "--rounds", "2")
+    code, output = run.end(120)
+    assert code == 0, output
+    assert_complete(run, output, clients=3, rounds=2)
+    assert "fog-2-0: 2 of 2 regions online" in output
+    assert "fog-3-0: round 2 closed with 2 partials" in output
+    history = json.loads((run.runs / "latest" / "history.json").read_text())
+    assert [r["regions"]["fog-3-0"]["num_clients"] for r in history["rounds"]] == [3, 3]
+    assert run.processes.left() == []
+
+
 def test_ctrl_c_on_a_terminal_stops_the_demo_and_leaves_no_process(tmp_path: Path) -> None:
     processes = Processes()
     environment = env_of(tmp_path, processes) | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
