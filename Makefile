@@ -2,6 +2,7 @@
 CLIENTS ?= 3
 ROUNDS ?= 3
 REGIONS ?= 1
+TIERS ?= 2
 SEED ?= 42
 SECONDS ?= 120
 
@@ -25,8 +26,8 @@ help: ## show this list
 
 env: $(INSTALLED) ## make the Python environment in .venv (first time: about a minute)
 
-demo: env ## federated training on this machine: CLIENTS=3 (per region) ROUNDS=3 REGIONS=1 SEED=42
-	@$(VENV)/bin/fedfog demo --clients $(CLIENTS) --rounds $(ROUNDS) --regions $(REGIONS) --seed $(SEED)
+demo: env ## federated training on this machine: CLIENTS=3 (per region) ROUNDS=3 REGIONS=1 TIERS=2 SEED=42
+	@$(VENV)/bin/fedfog demo --clients $(CLIENTS) --rounds $(ROUNDS) --regions $(REGIONS) --tiers $(TIERS) --seed $(SEED)
 
 test: env ## all tests that need no Docker
 	$(VENV)/bin/pytest -m "not compose"
@@ -35,7 +36,7 @@ test-compose: env ## the tests of images and compose file; needs a Docker engine
 	$(VENV)/bin/pytest -m compose
 
 chaos: env ## kill and cut everything for SECONDS=120 after a schedule of SEED=42; is anything lost?
-	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED)
+	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED) --tiers $(TIERS)
 
 lint: env ## style, types and layers
 	$(VENV)/bin/ruff check

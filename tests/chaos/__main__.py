@@ -24,6 +24,13 @@ def main() -> int:
     parser.add_argument(
         "--one-by-one", action="store_true", help="each fault alone, to see how long it takes"
     )
+    parser.add_argument(
+        "--tiers",
+        type=int,
+        choices=[2, 3],
+        default=2,
+        help="3: an aggregator over two of 3 regions",
+    )
     parser.add_argument("--folder", type=Path, help="takes logs, schedule.json and report.json")
     arguments = parser.parse_args()
     name = f"chaos-{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -36,7 +43,10 @@ def main() -> int:
 
     # Alone, a fault must not meet the end of a run and the start of the next.
     rounds: dict[str, Any] = {"ROUNDS": 100_000} if arguments.one_by_one else {}
-    federation = Federation(folder / "federation", say=say, **rounds)
+    regions, clients, parent = (3, 3, "top") if arguments.tiers == 3 else (2, 4, "")
+    federation = Federation(
+        folder / "federation", regions, clients, parent=parent, say=say, **rounds
+    )
     problem = ""
     try:
         if arguments.replay:

@@ -120,6 +120,8 @@ class Federation:
     Args:
         folder: takes logs, run folders and the broker's state.
         patches: `TEST_PATCHES` of all services, see `tests/hooks/sitecustomize.py`.
+        parent: an aggregator over the first two regions; only it and the regions that are not
+            below it have a bridge.
         settings: of all services, over the suite's own.
         say: told each thing that happens, in a line.
     """
@@ -130,6 +132,7 @@ class Federation:
         regions: int = 2,
         clients: int = 4,
         patches: str = "",
+        parent: str = "",
         say: Callable[[str], None] = lambda _line: None,
         **settings: object,
     ) -> None:
@@ -143,6 +146,8 @@ class Federation:
         if inherited := os.environ.get("PYTHONPATH"):
             path.append(inherited)
         self.regions = [f"region_{i}" for i in range(regions)]
+        children = self.regions[:2] if parent else []
+        top = [parent, *self.regions[2:]] if parent else self.regions
         self._base = {
             "MQTT_BROKER": "127.0.0.1",
             "REGIONS": ",".join(self.regions),
@@ -169,17 +174,26 @@ class Federation:
             RUNS_DIR=folder / "runs",
             FLOWER_PORT=self._flower_port,
             EXIT_WHEN_FINISHED="true",
+            REGIONS=",".join(top),
         )
         for region in self.regions:
-            self._add(f"{region}-aggregator", "fedfog_aggregator.main", REGION=region)
-            name = f"{region}-bridge"
-            flower = self.proxy.link(name, ("127.0.0.1", self._flower_port), mqtt=False)
-            self.links[name + FLOWER] = flower
-            address = f"127.0.0.1:{flower.port}"
-            self._add(name, "fedfog_bridge.main", REGION=region, FLOWER_SERVER=address)
+            above = parent if region in children else ""
+            name = f"{region}-aggregator"
+            self._add(name, "fedfog_aggregator.main", REGION=region, PARENT_REGION=above)
+            if not above:
+                self._add_bridge(region)
             for number in range(clients):
                 client = f"c{self.regions.index(region) * clients + number}"
                 self._add(f"{region}-{client}", None, REGION=region, CLIENT_ID=client)
+        if parent:
+            self._add(
+                f"{parent}-aggregator",
+                "fedfog_aggregator.main",
+                REGION=parent,
+                CHILD_REGIONS=",".join(children),
+                ROUND_DEADLINE=2 * float(str(self._base["ROUND_DEADLINE"])),
+            )
+            self._add_bridge(parent)
         self.services[BROKER] = Service(BROKER, self._start_broker)
         self.targets = list(self.services)
         self.happened: list[Happened] = []
@@ -205,6 +219,13 @@ class Federation:
             return process.pid, process.poll
 
         self.services[name] = Service(name, start)
+
+    def _add_bridge(self, region: str) -> None:
+        name = f"{region}-bridge"
+        flower = self.proxy.link(name, ("127.0.0.1", self._flower_port), mqtt=False)
+        self.links[name + FLOWER] = flower
+        address = f"127.0.0.1:{flower.port}"
+        self._add(name, "fedfog_bridge.main", REGION=region, FLOWER_SERVER=address)
 
     def _start_broker(self) -> tuple[int, Callable[[], int | None]]:
         process = self.broker.start().process
@@ -233,8 +254,8 @@ class Federation:
 
     def closed_regions(self) -> set[str]:
         """Regions that have published a partial."""
-        topics = {s.topic for s in self.proxy.log if s.up}
-        return {region for region in self.regions if TOPICS.partial_of(region) in topics}
+        topics = {s.topic for s in self.proxy.log if s.up and s.topic.startswith(TOPICS.partial)}
+        return {topic.rpartition("/")[2] for topic in topics} & set(self.regions)
 
     def until(self, condition: Callable[[], object], limit: float, what: str) -> None:
         """Keep the federation going until `condition`. Raises TimeoutError."""

@@ -7,7 +7,8 @@ A promise that was broken is a `Breach` of one of these kinds:
 - `wrong sum`, `wrong model`: a partial is not the mean of its members' updates, a model not that
   of its partials, bit for bit in float64 (McMahan et al. 2017), or not of the model before;
 - `double-counted`: an update is in a sum more than once, or in two partials;
-- `lost`: an accepted update is in no partial; one that was received is not in the partial, though
+- `lost`: an accepted update is in no partial; a partial is in none of its parent, whose `left_out`
+  does not name it; one that was received is not in the partial, though
   nothing happened to its owner or to the region; a partial is in no model and nobody says why;
 - `forgotten`: a client does not repeat what it owes to a new boot of its aggregator;
 - `went back`: the server published an older model under the same id of the run;
@@ -163,6 +164,7 @@ class Ledger:
         self.partials: dict[PartialId, _Partial] = {}
         self.models: dict[tuple[str, int], _Model] = {}
         self.accepted: set[UpdateId] = set()
+        self.parents: dict[str, str] = {}  # of regions under another aggregator
         self._faults = faults
         self._end = log[-1].at if log else 0.0
         self._boots: dict[str, int] = {}
@@ -191,7 +193,12 @@ class Ledger:
             "updates": len(self.updates),
             "accepted": len(self.accepted),
             "partials": len(self.partials),
-            "regions_left_out": sum(len(r.left_out) for r in self._records.values()),
+            "regions_left_out": sum(len(r.left_out) for r in self._records.values())
+            + sum(
+                len(partial.message.meta.left_out)
+                for key, partial in self.partials.items()
+                if key.region in self.parents.values()
+            ),
             "rewinds": sum(len(run.rewinds) for run in self._runs),
             "lost": kinds["lost"] + kinds["forgotten"],
             "double_counted": kinds["double-counted"],
@@ -240,6 +247,9 @@ class Ledger:
     def _read_partial(self, s: Sighting) -> None:
         message = decode(s.payload, PartialMeta)
         key = PartialId(message.meta.run, message.meta.round, message.meta.region)
+        *_, above, region = s.topic.split("/")
+        if s.topic == TOPICS.partial_to(above, region):
+            self.parents[region] = above
         partial = _Partial(message, s.payload, s.at, self._boots.get(key.region))
         if self.partials.setdefault(key, partial).payload != s.payload:
             old = sorted(self.partials[key].message.meta.members)
@@ -282,7 +292,7 @@ class Ledger:
         for key, partial in self.partials.items():
             meta, vectors = partial.message.meta, []
             for client, examples in meta.members.items():
-                update = self.updates.get(UpdateId(*key, client))
+                update = self._sent(key, client)
                 if update is None or update.message.meta.num_examples != examples:
                     self._breach("wrong sum", key, f"{client} sent no update of {examples}")
                     continue
@@ -296,6 +306,12 @@ class Ledger:
                 weighted_mean(vectors), partial.message.vector
             ):
                 self._breach("wrong sum", key, "not the mean of its members' updates")
+
+    def _sent(self, key: PartialId, member: str) -> _Update | _Partial | None:
+        """What a member of a partial sent: a client its update, a region its partial."""
+        if self.parents.get(member) == key.region:
+            return self.partials.get(PartialId(key.run, key.round, member))
+        return self.updates.get(UpdateId(*key, member))
 
     def _check_run(self, run: RunFolder) -> None:
         """Records, and the models that they say."""
@@ -327,7 +343,9 @@ class Ledger:
             self._check_model(record, model)
 
     def _check_model(self, record: RoundRecord, model: _Model) -> None:
-        key, parts, flat = (record.run, record.round), [], []
+        key = (record.run, record.round)
+        parts: list[tuple[Vector, int]] = []
+        flat: list[tuple[Vector, int]] = []
         base = self.models.get((record.run, record.round - 1))
         for region, meta in sorted(record.regions.items()):
             partial = self.partials.get(PartialId(*key, region))
@@ -335,20 +353,48 @@ class Ledger:
                 self._breach("wrong model", key, f"its partial of {region} is not the published")
                 return
             parts.append((partial.message.vector, meta.num_examples))
-            for client in meta.members:
-                update = self.updates.get(UpdateId(*key, region, client))
-                if update is None:
-                    return  # said by _check_partials
-                flat.append((update.message.vector, update.message.meta.num_examples))
-                if base is not None and update.message.meta.base_digest != base.digest:
-                    self._breach("wrong sum", (*key, region, client), "of another base model")
+            if not self._flatten(PartialId(*key, region), partial, base, flat):
+                return  # said by _check_partials
         mean = weighted_mean(parts)
         if digest_of(mean) != model.digest:
             self._breach("wrong model", key, "not the mean of its partials")
         elif not np.allclose(mean, weighted_mean(flat), rtol=1e-5, atol=1e-7):
             self._breach("wrong model", key, "not the mean of all accepted updates")
 
+    def _flatten(
+        self,
+        key: PartialId,
+        partial: _Partial,
+        base: _Model | None,
+        flat: list[tuple[Vector, int]],
+    ) -> bool:
+        """Gather all updates below a partial; False if one is missing."""
+        for member in partial.message.meta.members:
+            sent = self._sent(key, member)
+            if sent is None:
+                return False
+            meta = sent.message.meta
+            if base is not None and meta.base_digest != base.digest:
+                self._breach("wrong sum", (*key, member), "of another base model")
+            if isinstance(sent, _Update):
+                flat.append((sent.message.vector, meta.num_examples))
+            elif not self._flatten(PartialId(key.run, key.round, member), sent, base, flat):
+                return False
+        return True
+
     # Nothing lost
+
+    def _left_out(self, key: PartialId) -> bool:
+        """The history names the region as left out, or a tier above does that of itself or of a
+        region below it."""
+        parent = self.parents.get(key.region)
+        if parent is None:
+            record = self._records.get(key[:2])
+            return record is not None and key.region in record.left_out
+        above = PartialId(key.run, key.round, parent)
+        partial = self.partials.get(above)
+        named = partial is not None and key.region in partial.message.meta.left_out
+        return named or self._left_out(above)
 
     def _void(self, run: str, round_: int) -> bool:
         return any(folder.voids(run, round_) for folder in self._runs)
@@ -360,10 +406,15 @@ class Ledger:
             if record is None:
                 if not self._void(key.run, key.round):
                     self._breach("lost", key, "the partial's round is in no run's history")
+            elif key.region in self.parents:
+                above = self.partials.get(PartialId(*key[:2], self.parents[key.region]))
+                counted = above is not None and key.region in above.message.meta.members
+                if not counted and not self._left_out(key):
+                    self._breach("lost", key, "the partial is in none of its parent, unsaid")
             elif key.region in record.regions:
                 if record.regions[key.region].digest != partial.message.meta.digest:
                     self._breach("lost", key, "another partial is in the model")
-            elif key.region not in record.left_out:
+            elif not self._left_out(key):
                 self._breach("lost", key, "the partial is in no model, and nobody says why")
 
     def _check_accepted(self) -> None:
@@ -380,8 +431,8 @@ class Ledger:
             if partial and any(boot == partial.boot for _, boot in update.received):
                 self._breach("lost", key, "received by the boot that published without it")
                 continue
-            record = self._records.get(key[:2])
-            if (record and key.region in record.left_out) or self._void(key.run, key.round):
+            region = PartialId(*key[:3])
+            if self._left_out(region) or self._void(key.run, key.round):
                 continue
             names = (f"{key.region}-{key.client}", f"{key.region}-aggregator", BROKER)
             opened = self.models.get((key.run, key.round - 1))

@@ -2,8 +2,12 @@
 
 import numpy as np
 
+from fedfog.cli.regions import Regions
 from fedfog.core import rounds
 from fedfog.core.phases import Phase
+from fedfog.messages.catalog import read
+from fedfog.messages.schemas import Presence
+from fedfog.messages.topics import Topics
 
 SIZE = 3
 CHILDREN = frozenset({"left", "right"})
@@ -100,3 +104,13 @@ def test_max_examples_is_that_of_one_client() -> None:
     assert (refused.verdict, "MAX_EXAMPLES" in refused.reason) == ("rejected", True)
     region.handle(partial("left", 1, examples=200), 1.0)
     assert region.members == {"left": 200}
+
+
+def test_table_of_regions_has_a_child_under_its_parent_and_knows_its_death() -> None:
+    regions, topics = Regions({"left": 3}), Topics()
+    for online in (True, False):
+        told = Presence(online=online, boot=1, own_data=True, deadline=5.0).to_json()
+        regions.see(read(topics, topics.presence("top", "left"), told))
+        assert regions.by_name["left"].parent == "top"
+        assert regions.by_name["top"].online == ({"left"} if online else set())
+    assert regions.by_name["left"].phase == "offline"
