@@ -80,11 +80,15 @@ def show(console: Console, report: dict[str, dict[str, object]]) -> None:
     for name, value in report["figures"].items():
         figures.add_row(name.replace("_", " "), str(value))
     console.print(figures)
-    waits = Table("fault", "n", "median s", "max s", title="healed fault to next closed partial")
-    for name, times in report["recovery_s"].items():
-        assert isinstance(times, dict)
-        waits.add_row(name, *(str(round(times[key], 2)) for key in ("n", "median", "max")))
-    console.print(waits)
+    for key, title in (
+        ("recovery_s", "healed fault to next closed partial"),
+        ("pause_s", "longest pause between partials until the next fault"),
+    ):
+        waits = Table("fault", "n", "median s", "max s", title=title)
+        for name, times in report[key].items():
+            assert isinstance(times, dict)
+            waits.add_row(name, *(str(round(times[key], 2)) for key in ("n", "median", "max")))
+        console.print(waits)
     for line in (*report["breaches"], *report["failures"], report["problem"]):
         if line:
             console.print(f"BROKEN: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -499,14 +499,19 @@ class Federation:
         kinds: dict[str, int] = {}
         for fault in self.happened:
             kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
-        waits = recovery(self.proxy.log, self.happened)
+        waits, pauses = recovery(self.proxy.log, self.happened)
         return {
             "figures": ledger.figures | {"faults": len(self.happened)},
             "faults": dict(sorted(kinds.items())),
-            "recovery_s": {
-                kind: {"n": len(s), "median": median(s), "max": max(s), "each": s}
-                for kind, s in sorted(waits.items())
-            },
+            "recovery_s": _spread(waits),
+            "pause_s": _spread(pauses),
             "breaches": [str(breach) for breach in ledger.breaches],
             "failures": self.failures,
         }
+
+
+def _spread(seconds: dict[str, list[float]]) -> dict[str, dict[str, object]]:
+    return {
+        kind: {"n": len(s), "median": median(s), "max": max(s), "each": s}
+        for kind, s in sorted(seconds.items())
+    }

@@ -15,10 +15,11 @@ A promise that was broken is a `Breach` of one of these kinds:
 - `rejected`: an update of our own clients was refused.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -493,9 +494,15 @@ class Ledger:
         return any(f.target in names and f.began < ended and began < f.over for f in self._faults)
 
 
-def recovery(log: Sequence[Sighting], faults: Sequence[Happened]) -> dict[str, list[float]]:
-    """Seconds from each fault's healing to the next partial that is new on the wire, by kind; of
-    the later region if the fault met both."""
+def recovery(
+    log: Sequence[Sighting], faults: Sequence[Happened]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds, by kind of fault; of the later region if the fault met both.
+
+    First, from each fault's healing to the next partial that is new on the wire. Second, the
+    longest pause between two such partials from the fault's beginning to the next fault, which
+    tells more of faults that nobody heals and nobody notices at once.
+    """
     closed: dict[str, list[float]] = defaultdict(list)
     known: set[PartialId] = set()
     for s in log:
@@ -506,13 +513,23 @@ def recovery(log: Sequence[Sighting], faults: Sequence[Happened]) -> dict[str, l
                 known.add(key)
                 closed[key.region].append(s.at)
     seconds: dict[str, list[float]] = defaultdict(list)
+    pauses: dict[str, list[float]] = defaultdict(list)
+    begins = sorted(fault.began for fault in faults)
     for fault in faults:
         name = fault.target.removesuffix(FLOWER)
         both = name in (BROKER, SERVER)
-        waits = []
+        after = bisect_right(begins, fault.began)
+        until = begins[after] if after < len(begins) else fault.over
+        waits, gaps = [], []
         for times in closed.values() if both else [closed[name.split("-")[0]]]:
             if (index := bisect_left(times, fault.healed)) < len(times):
                 waits.append(times[index] - fault.healed)
+            first, last = bisect_left(times, fault.began), bisect_left(times, until)
+            around = times[max(0, first - 1) : last + 1]
+            gaps += [later - earlier for earlier, later in pairwise(around)]
+        kind = f"{fault.kind} {role(fault.target)}"
         if waits:
-            seconds[f"{fault.kind} {role(fault.target)}"].append(round(max(waits), 2))
-    return dict(seconds)
+            seconds[kind].append(round(max(waits), 2))
+        if gaps:
+            pauses[kind].append(round(max(gaps), 2))
+    return dict(seconds), dict(pauses)

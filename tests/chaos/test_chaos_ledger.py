@@ -301,4 +301,6 @@ def test_recovery_is_the_time_to_the_next_partial_that_is_new(seen: Wire) -> Non
     second = [s for s in seen.log if s.topic == "fl/partial/region_0"][-1]
     assert decode_meta(second.payload, PartialMeta).round == 2
     fault = Happened("kill", "region_0-c1", 0.0, healed)
-    assert recovery(seen.log, [fault]) == {"kill client": [round(second.at - healed, 2)]}
+    waits, pauses = recovery(seen.log, [fault])
+    assert waits == {"kill client": [round(second.at - healed, 2)]}
+    assert pauses == {"kill client": [round(second.at - first.at, 2)]}
