@@ -519,13 +519,13 @@ def recovery(
         name = fault.target.removesuffix(FLOWER)
         both = name in (BROKER, SERVER)
         after = bisect_right(begins, fault.began)
-        until = begins[after] if after < len(begins) else fault.over
+        until = begins[after] if after < len(begins) else max(s.at for s in log)
         waits, gaps = [], []
         for times in closed.values() if both else [closed[name.split("-")[0]]]:
             if (index := bisect_left(times, fault.healed)) < len(times):
                 waits.append(times[index] - fault.healed)
             first, last = bisect_left(times, fault.began), bisect_left(times, until)
-            around = times[max(0, first - 1) : last + 1]
+            around = [*times[max(0, first - 1) : last], until]
             gaps += [later - earlier for earlier, later in pairwise(around)]
         kind = f"{fault.kind} {role(fault.target)}"
         if waits:
