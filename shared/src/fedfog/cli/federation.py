@@ -43,6 +43,7 @@ class Options:
     time_limit: float  # seconds
     tiers: int = 2  # that average: the regions, aggregators above them, and the server
     processes: int | None = None  # for the clients of a region; None: one for each client
+    client_module: str = ""  # run for each region in place of its clients
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ class Federation:
 
     def _start_clients(self) -> None:
         count = self._options.clients
+        if module := self._options.client_module:
+            for region in self.regions:
+                name = f"{region}-clients"
+                self._start(name, module, self._env(name, REGION=region, CLIENTS_PER_PROCESS=count))
+            return
         processes = self._options.processes or count
         start = []
         for region in self.regions:

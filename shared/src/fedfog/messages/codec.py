@@ -87,11 +87,16 @@ def digest_of(vector: Vector) -> str:
 
 def encode(meta: BaseModel, table: TensorTable, vector: Vector) -> bytes:
     """The message as bytes. `vector` is float32 of shape (table.num_parameters,)."""
+    body = np.ascontiguousarray(vector, np.float32)
+    return b"".join((encode_header(meta, table), body.data))
+
+
+def encode_header(meta: BaseModel, table: TensorTable) -> bytes:
+    """All of the message that comes before its tensors."""
     fields = {"__metadata__": {"fedfog": meta.model_dump_json()}}
     header = json.dumps(fields | table.header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)
-    body = np.ascontiguousarray(vector, np.float32)
-    return b"".join((len(header).to_bytes(_LENGTH, "little"), header, body.data))
+    return len(header).to_bytes(_LENGTH, "little") + header
 
 
 def decode(
