@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load_file
 
-from fedfog.flower.strategy import make_strategy, to_arrays
+from fedfog.flower.strategy import make_strategy, to_record, to_vector
 from fedfog.messages.codec import CodecError, TensorTable, Vector
 from fedfog.messages.schemas import ClientMetrics, PartialMeta, RoundRecord
 from fedfog_central_server import strategy_state
@@ -152,15 +152,14 @@ def strategy_of(name: str) -> Strategy:
 def one_round(strategy: Strategy, number: int, model: Vector) -> Vector:
     """The model that a strategy makes of one region's answer."""
     flower = PlayedFlower(1)
-    arrays = to_arrays(TABLE.unflatten(model))
-    asked = list(strategy.configure_train(number, arrays, ConfigRecord(), flower))
+    asked = list(strategy.configure_train(number, to_record(model), ConfigRecord(), flower))
     flower.push_messages(asked)
-    trained = to_arrays(TABLE.unflatten(model + values(number, TABLE.num_parameters)))
+    trained = to_record(model + values(number, TABLE.num_parameters))
     metrics = MetricRecord({"num-examples": 10, "train-loss": 0.5})
     content = RecordDict({"arrays": trained, "metrics": metrics})
     answer, _ = strategy.aggregate_train(number, [Message(content, reply_to=asked[0])])
     assert answer is not None
-    return TABLE.flatten({name: array.numpy() for name, array in answer.items()})
+    return to_vector(answer)
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad"])

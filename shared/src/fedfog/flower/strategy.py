@@ -32,6 +32,8 @@ from fedfog.messages.schemas import PartialMeta, RoundRecord
 
 log = structlog.get_logger()
 
+_MODEL = "model"
+
 
 class StrategyError(ValueError):
     """The setting STRATEGY is impossible, or its result is."""
@@ -61,18 +63,13 @@ class FedAvg(strategies.FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        answered = list(replies)
-        arrays, metrics = super().aggregate_train(server_round, answered)
-        if arrays is None:
-            return None, metrics
-        means = {}
-        for name, array in arrays.items():
-            mean = WeightedSum(array.numpy().size)
-            for content in (reply.content for reply in answered):
-                examples = cast(int, content.metric_records["metrics"][self.weighted_by_key])
-                mean.add(content.array_records["arrays"][name].numpy().ravel(), examples)
-            means[name] = mean.mean().reshape(array.shape)
-        return to_arrays(means), metrics
+        total: WeightedSum | None = None
+        for reply in replies:
+            vector = to_vector(reply.content.array_records["arrays"])
+            examples = reply.content.metric_records["metrics"][self.weighted_by_key]
+            total = total or WeightedSum(vector.size)
+            total.add(vector, cast(int, examples))
+        return total and to_record(total.mean()), None
 
 
 def make_strategy(name: str, min_regions: int, learning_rate: float) -> Strategy:
@@ -116,9 +113,15 @@ def _usable_strategies(offered: Iterable[str]) -> dict[str, Callable[..., Strate
     return found | {"FedAvg": FedAvg}
 
 
-def to_arrays(tensors: dict[str, Vector]) -> ArrayRecord:
-    """Flower's record of named tensors."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(t)) for name, t in tensors.items()})
+def to_record(vector: Vector) -> ArrayRecord:
+    """Flower's record of a model, as one array: to every usable strategy it is the same as an
+    array for each tensor, because they compute element by element or with the whole model."""
+    return ArrayRecord({_MODEL: Array(vector)})
+
+
+def to_vector(record: ArrayRecord) -> Vector:
+    """The model in a record, float32 of shape (parameters,)."""
+    return record[_MODEL].numpy().astype(np.float32, copy=False)
 
 
 class FogStrategy(Strategy):
@@ -167,8 +170,7 @@ class FogStrategy(Strategy):
         Raises:
             RegionsError, RoundFailedError, StrategyError: the run cannot go on.
         """
-        arrays = to_arrays(self._table.unflatten(model))
-        self.start(grid, arrays, num_rounds=num_rounds, timeout=self._round_timeout)
+        self.start(grid, to_record(model), num_rounds=num_rounds, timeout=self._round_timeout)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -240,7 +242,7 @@ class FogStrategy(Strategy):
         )
         self._on_model(GlobalModel(number, vector, record))
         # What the clients got, to the last bit, is what the next round starts from.
-        return to_arrays(self._table.unflatten(vector)), None
+        return to_record(vector), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -279,14 +281,13 @@ class FogStrategy(Strategy):
                 "train-loss": partial.meta.metrics.train_loss,
             }
         )
-        arrays = to_arrays(self._table.unflatten(partial.vector))
-        return RecordDict({"arrays": arrays, "metrics": metrics})
+        return RecordDict({"arrays": to_record(partial.vector), "metrics": metrics})
 
     def _vector(self, number: int, arrays: ArrayRecord | None) -> Vector:
         name = type(self.inner).__name__
         if arrays is None:
             raise StrategyError(f"STRATEGY={name} gave no model in round {number}")
-        vector = self._table.flatten({key: array.numpy() for key, array in arrays.items()})
+        vector = to_vector(arrays)
         if not np.isfinite(vector).all():
             raise StrategyError(f"STRATEGY={name} gave values that are not finite, round {number}")
         return vector
