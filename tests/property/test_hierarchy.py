@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedfog.core.aggregation import WeightedSum
 from fedfog.flower.grid import train_message
-from fedfog.flower.strategy import FedAvg, to_arrays
+from fedfog.flower.strategy import FedAvg, to_record, to_vector
 from fedfog.messages.codec import Vector
 from flower import PlayedFlower
 
@@ -27,7 +27,7 @@ CLIENTS = st.lists(
 
 def reply(vector: Vector, examples: int) -> Message:
     metrics = MetricRecord({"num-examples": examples})
-    content = RecordDict({"arrays": to_arrays({"weight": vector}), "metrics": metrics})
+    content = RecordDict({"arrays": to_record(vector), "metrics": metrics})
     return Message(content, reply_to=train_message(1, "run/1", 1.0))
 
 
@@ -46,7 +46,7 @@ def test_mean_over_regions_is_the_flat_mean_to_float32_rounding(
     flat = np.average(vectors, axis=0, weights=[examples for _, examples, _ in clients])
     # Each tier rounds to float32 once: half a unit in the last place of the largest partial.
     scale = np.max([np.abs(region.mean()) for region in regions.values()], axis=0)
-    error = np.abs(arrays["weight"].numpy() - flat)
+    error = np.abs(to_vector(arrays) - flat)
     assert (error <= 2 * np.finfo(np.float32).eps / 2 * scale + 1e-38).all()
 
 

@@ -69,7 +69,7 @@ class FedAvg(strategies.FedAvg):
             examples = reply.content.metric_records["metrics"][self.weighted_by_key]
             total = total or WeightedSum(vector.size)
             total.add(vector, cast(int, examples))
-        return total and to_record(total.mean()), None
+        return (to_record(total.mean()) if total else None), None
 
 
 def make_strategy(name: str, min_regions: int, learning_rate: float) -> Strategy:
