@@ -69,16 +69,16 @@ class Peers:
     def shared(self, topic: str, start: memoryview, size: int) -> bytes | None:
         """The last payload of a topic, if it has this size and starts like this."""
         last = self._last.get(topic)
-        if last is None or len(last) != size or last[:_START] != start[:_START]:
+        if last is None or len(last) != size or last[:_START] != bytes(start[:_START]):
             return None
         return last
 
     def keep(self, topic: str, payload: memoryview) -> bytes:
         """A payload as an object that all who are sent the same have in common."""
-        last = self._last.get(topic)
-        if last is None or last != payload:
-            self._last[topic] = last = bytes(payload)
-        return last
+        new = bytes(payload)  # a memoryview would be compared element by element
+        if self._last.get(topic) != new:
+            self._last[topic] = new
+        return self._last[topic]
 
 
 class Peer:
@@ -136,7 +136,7 @@ class Peer:
         try:
             while self._out:
                 sent = self._socket.sendmsg(self._out)
-                while sent and sent >= len(self._out[0]):
+                while self._out and sent >= len(self._out[0]):
                     sent -= len(self._out.popleft())
                 if sent:
                     self._out[0] = self._out[0][sent:]

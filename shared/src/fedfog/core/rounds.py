@@ -272,6 +272,7 @@ class RegionRounds:
         self._num_parameters = 0
         self._num_clients = 0
         self._metrics: dict[str, tuple[float, int]] = {}
+        self._awaited: set[str] = set()  # of the cohort: neither members nor departed
         self._departed: set[str] = set()
         self._boots: dict[str, int] = {}
         self._newest_arrival = 0.0
@@ -296,12 +297,12 @@ class RegionRounds:
         """Updates that close the present round."""
         if self.policy.quorum is not None:
             return self.policy.quorum
-        return len(self.cohort - self._departed | self.members.keys())
+        return len(self.members) + len(self._awaited)
 
     @property
     def missing(self) -> list[str]:
         """Clients of the cohort that the round is waiting for, in order of names."""
-        return sorted(self.cohort - self._departed - self.members.keys())
+        return sorted(self._awaited)
 
     def wake_at(self) -> float | None:
         """When `Tick` is due next; None if nothing is waited for."""
@@ -337,7 +338,7 @@ class RegionRounds:
         self._digest, self._num_parameters = event.digest, event.num_parameters
         # A child that was in the last round may be just starting again.
         children = self.policy.children & self.members.keys()
-        self.members, self.cohort, self._departed = {}, frozenset(), set()
+        self.members, self.cohort, self._awaited, self._departed = {}, frozenset(), set(), set()
         self.slots = (self.slots if same_run else None) or event.slots
         if event.finished:
             self.phase = Phase.FINISHED
@@ -391,7 +392,8 @@ class RegionRounds:
     def _open(self, cohort: frozenset[str], now: float) -> list[Action]:
         assert self.run is not None
         self.phase = Phase.OPEN
-        self.cohort, self.members, self._departed = cohort, {}, set()
+        self.cohort, self.members = cohort, {}
+        self._awaited, self._departed = set(cohort), set()
         self._total, self._metrics = WeightedSum(self._num_parameters), {}
         self._num_clients = 0
         self._opened, self.deadline = now, now + self.policy.deadline
@@ -443,6 +445,7 @@ class RegionRounds:
             return [self._answer(event, "rejected", "the tensors hold NaN or infinity")]
         self._total.add(event.vector, event.num_examples)
         self.members[event.client] = event.num_examples
+        self._awaited.discard(event.client)
         self._num_clients += event.num_clients
         for name, value in event.metrics.items():
             total, weight = self._metrics.get(name, (0.0, 0))
@@ -454,7 +457,7 @@ class RegionRounds:
             "expected": self.expected,
         }
         answer = self._answer(event, "received")
-        return [answer, Log("info", "update_received", fields), *self._close_if_due(now)]
+        return [answer, Log("debug", "update_received", fields), *self._close_if_due(now)]
 
     def _update_when_closed(self, event: UpdateArrived, _now: float) -> list[Action]:
         verdict = self._stale(event)
@@ -499,6 +502,7 @@ class RegionRounds:
                 return []
             if event.client in self.policy.children:  # it has accepted updates, and comes again
                 return [Log("info", "child_region_away", {"child": event.client})]
+            self._awaited.discard(event.client)
             self._departed.add(event.client)
             fields = {"client": event.client, "round": self.round, "missing": self.missing}
             return [Log("info", "client_left_cohort", fields), *self._close_if_due(now)]
@@ -541,7 +545,7 @@ class RegionRounds:
     def _close_if_due(self, now: float) -> list[Action]:
         enough = len(self.members) >= self.policy.minimum
         if self.policy.quorum is None:
-            complete = not self.missing
+            complete = not self._awaited
         else:
             complete = len(self.members) >= self.policy.quorum
         if enough and (complete or self.phase is Phase.STARVING):
