@@ -48,6 +48,8 @@ class Case:
 CASES = (
     Case("flower", 3, 0, 3, 150),
     Case("flower", 10, 0, 2, 170, quick=True),
+    Case("flower-torch", 3, 0, 3, 170),
+    Case("flower-torch", 10, 0, 2, 170, quick=True),
     Case("flower-grpc", 3, 2, 20, 60),
     Case("flower-grpc", 10, 2, 20, 60, quick=True),
     Case("sdflmq", 4, 1, 5, 150),  # it wants two aggregators and four clients at least
@@ -57,7 +59,8 @@ CASES = (
 )
 NAMES = tuple(dict.fromkeys(case.name for case in CASES))
 HOW = {
-    "flower": "SuperLink and a SuperNode per client, all defaults",
+    "flower": "SuperLink and a SuperNode per client, all defaults, an app that imports only NumPy",
+    "flower-torch": "the same with an app that imports PyTorch, as one that trains with it does",
     "flower-grpc": "start_server and start_client, deprecated: the floor of Flower",
     "sdflmq": "on Mosquitto; some of its clients aggregate",
     "nvflare": "its simulator with a process per client",

@@ -4,6 +4,8 @@
 server` and `... client K` speak Flower's deprecated flat gRPC.
 """
 
+import importlib
+import os
 import sys
 import time
 
@@ -40,6 +42,8 @@ def serve(grid: Grid, _context: Context) -> None:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
+    # What an app would import to train with; its process is a new one for every message.
+    importlib.import_module(os.environ[model.FRAMEWORK])
     constant = model.step(int(context.node_config["client"]))
     arrays = message.content.array_records["arrays"]
     updated = {name: Array(array.numpy() + constant) for name, array in arrays.items()}

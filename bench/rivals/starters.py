@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.rivals.model import FOLDER, PORT
+from bench.rivals.model import FOLDER, FRAMEWORK, PORT
 from bench.rivals.processes import NotMeasuredError, Processes, environment
 from fedfog.cli.broker import free_port, installed_mosquitto
 from fedfog.flower import fleet
@@ -26,7 +27,7 @@ STOCK = {
 _MOSQUITTO = "listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n"
 
 
-def flower(processes: Processes, folder: Path, clients: int) -> str:
+def flower(processes: Processes, folder: Path, clients: int, framework: str = "numpy") -> str:
     """SuperLink and a SuperNode per client; each message starts a ClientApp process."""
     port = free_port()
     address = f"127.0.0.1:{port}"
@@ -36,7 +37,8 @@ def flower(processes: Processes, folder: Path, clients: int) -> str:
         name = f"supernode-{client}"
         command = [f"{BIN}/flower-supernode", "--insecure", f"--superlink={address}"]
         command += [f"--port={free_port()}", f"--node-config=client={client}"]
-        processes.start(name, command, {**STOCK, "FLWR_HOME": str(folder / name)})
+        env = {**STOCK, "FLWR_HOME": str(folder / name), FRAMEWORK: framework}
+        processes.start(name, command, env)
     processes.wait_for_line("superlink", "Uvicorn running", START_SECONDS)
     try:
         fleet.submit_run(address, HERE / "flower_app", {})
@@ -88,6 +90,7 @@ def nvflare(processes: Processes, folder: Path, _clients: int) -> str:
 
 STARTERS: dict[str, Callable[[Processes, Path, int], str]] = {
     "flower": flower,
+    "flower-torch": partial(flower, framework="torch"),
     "flower-grpc": flower_grpc,
     "sdflmq": sdflmq,
     "nvflare": nvflare,
