@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import flwr.superlink.main as superlink_main
+import httpx
 import pytest
 
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker
-from fedfog.flower import fleet
+from fedfog.flower import fleet, routes
 from flower import SuperLink, partial, publish_partial
 
 # First ten digits of the SHA-256 of the source of each internal name.
@@ -40,6 +42,17 @@ SOURCES = {
     "flwr.superlink.cli.flower_superlink:flower_superlink": "398ce9c857",
     "flwr.supernode.fleet_http_client:FleetHttpClient": "9f33ca6d39",
     "flwr.supernode.node_auth_http_interceptor:NodeAuthHttpInterceptor": "a032beb3c4",
+}
+
+# What `routes.py` passes by: it must do nothing for the paths of other APIs.
+MIDDLEWARES = {
+    "flwr.superlink.main:_get_middleware": "911d5e2a5a",
+    "flwr.superlink.routers.control.middlewares:ControlAuthenticationMiddleware": "1495e41d9b",
+    "flwr.superlink.routers.control.middlewares:ControlEventLogMiddleware": "d8db2d506c",
+    "flwr.superlink.routers.control.middlewares:ControlLicenseMiddleware": "0f57194171",
+    "flwr.superlink.routers.control.middlewares:ControlSensitiveResponseMiddleware": "25cca93860",
+    "flwr.superlink.routers.fleet.middlewares:FleetEventLogMiddleware": "4466ecde96",
+    "flwr.superlink.routers.fleet.node_auth:NodeAuthMiddleware": "36b9ef8b48",
 }
 
 # Public API (`flwr.app`), and generated code whose fields the run below uses.
@@ -73,8 +86,25 @@ def test_nothing_else_in_the_wheel_uses_internals_of_flower() -> None:
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             module = getattr(node, "module", None) or ""
-            if module.startswith("flwr") and path != Path(fleet.__file__):
+            if module.startswith("flwr") and path.name not in ("fleet.py", "routes.py"):
                 assert public.match(module), f"{path.name} imports {module}"
+
+
+def test_the_middlewares_that_are_passed_by_are_the_known_ones() -> None:
+    assert {name: source_hash(name) for name in MIDDLEWARES} == MIDDLEWARES
+    passed_by = {
+        f"{m.cls.__module__}:{m.cls.__qualname__}"  # type: ignore[attr-defined]
+        for m in superlink_main._get_middleware()
+        if routes.narrowed(m) is not m
+    }
+    assert passed_by == MIDDLEWARES.keys() - {"flwr.superlink.main:_get_middleware"}
+
+
+@pytest.mark.parametrize("path", ["pull-messages", "push-messages", "push-object", "get-run"])
+def test_a_node_without_a_signature_is_still_refused(superlink: SuperLink, path: str) -> None:
+    headers = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+    answer = httpx.post(f"http://{superlink.address}/v1/fleet/{path}", headers=headers)
+    assert answer.status_code == 401, answer.text
 
 
 @pytest.fixture(scope="module")
