@@ -70,12 +70,17 @@ class Published:
         updates: publications on the topics of updates, and how many different ones.
         accepted: members of all partials.
         other_twice: other topics with the same payload twice.
+        update_bytes: payload of one update.
+        arrows: messages and payload bytes a round by the topic's first part; a broker hands a
+            model out to every client and aggregator.
     """
 
     updates: int
     different_updates: int
     accepted: int
     other_twice: list[str]
+    update_bytes: int
+    arrows: dict[str, tuple[float, float]]
 
 
 def measure(clients: int, regions: int, rounds: int) -> Width:
@@ -120,15 +125,29 @@ def count(clients: int, regions: int, rounds: int) -> Published:
     """Count what passes through the broker, by a subscriber to all of it."""
     topics = Topics()
     seen: Counter[tuple[str, bytes]] = Counter()
-    accepted = 0
+    accepted = update_bytes = 0
+    messages: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     with _federation(clients, regions, rounds) as federation:
         for topic, payload in _messages(federation, [topics.prefix + "/#"]):
             seen[topic, sha256(payload).digest()] += 1
+            arrow = topic.split("/")[1]
+            messages[arrow] += 1
+            sizes[arrow] += len(payload)
+            if topic.startswith(topics.updates):
+                update_bytes = len(payload)
             if topic.startswith(topics.partial):
                 accepted += len(decode_meta(payload, PartialMeta).members)
     updates = {key: n for key, n in seen.items() if key[0].startswith(topics.updates)}
     twice = sorted(topic for (topic, _), n in (seen - Counter(updates)).items() if n > 1)
-    return Published(sum(updates.values()), len(updates), accepted, twice)
+    return Published(
+        sum(updates.values()),
+        len(updates),
+        accepted,
+        twice,
+        update_bytes,
+        {a: (round(n / rounds, 2), round(sizes[a] / rounds, 1)) for a, n in messages.items()},
+    )
 
 
 @contextmanager
