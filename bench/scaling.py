@@ -1,0 +1,527 @@
+"""`python -m bench.scaling`: how a round's cost grows, and what that says for 10^4 to 10^6 clients.
+
+Measures what the rules alone cost for up to 10^5 clients, and what broker, aggregator and client
+cost per update; fits a model to the rounds that `make bench` measured; simulates wider fogs with
+the real rules (`bench.simulation`). All goes under `scaling` into `bench/results/latest.json`, and
+into a plot. `--write` also writes the figures into `docs/scaling.md`; `--fit` takes what an earlier
+call measured and simulated, and only fits, plots and writes anew.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench.simulation import Costs, Fog, Layout, Sizes, name_of, partial_meta
+from bench.swarm import Peer, Peers
+from bench.width import ROOT
+from bench.width import measure as measure_width
+from fedfog import logs
+from fedfog.cli.broker import LocalBroker
+from fedfog.core import rounds
+from fedfog.messages.codec import MAX_HEADER_BYTES, TensorTable, encode
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "scaling.md"
+PARAMETERS = 68_353
+MEGABYTES = 4 * PARAMETERS / 1e6
+NAMES = ("base", "client", "region", "megabyte")
+ROUNDS = 8  # of a measurement
+FEW = 100  # of what costs as much as the region is wide
+LIMIT_SECONDS = 60.0
+STEPS = ("birth", "update", "close", "open", "death", "return", "newcomer")
+KEYS = ("clients", "regions", "parameters", "median_s", "fitted_s", "error")
+PLACE = ("clients", "regions", "tiers", "brokers")
+CORE_CLIENTS = (100, 1_000, 10_000, 100_000)
+LINK = 8 / 1000  # seconds per megabyte at 1 Gbit/s
+
+Row = dict[str, Any]
+
+
+# What the rules alone cost
+
+
+def core_costs(clients: int) -> Row:
+    """Microseconds of one core and bytes for each client of one region, without any shell."""
+    row: Row = {"clients": clients} | _one_round(clients)[0]
+    tracemalloc.start()
+    _, region = _one_round(clients)
+    row["bytes"] = round(tracemalloc.get_traced_memory()[0] / clients)
+    tracemalloc.stop()
+    assert len(region.present) >= clients
+    return row
+
+
+def _one_round(clients: int) -> tuple[Row, rounds.RegionRounds]:
+    """All come and send; in the next round some die, come again, and others are new."""
+    names = [name_of(i) for i in range(clients)]
+    vector = np.ones(1, np.float32)
+    region = rounds.RegionRounds("region", rounds.Policy(expected=clients), boot=1)
+    costs: Row = {}
+
+    def timed(step: str, events: Sequence[rounds.Event], per: int) -> None:
+        began = time.process_time()
+        for event in events:
+            region.handle(event, 0.0)
+        costs[f"{step}_us"] = round(1e6 * (time.process_time() - began) / per, 2)
+
+    def born(name: str, boot: int = 1) -> rounds.PresenceSeen:
+        return rounds.PresenceSeen(name, True, boot)
+
+    updates = [rounds.UpdateArrived("run", 1, n, "m", 5, vector, {"loss": 1.0}) for n in names]
+    some = names[1 : 1 + FEW]
+    region.handle(rounds.ModelArrived("run", 1, 1, "m", 1), 0.0)
+    timed("birth", [born(name) for name in names], clients)
+    timed("update", updates, clients)
+    timed("close", [rounds.Committed()], clients)
+    timed("open", [rounds.ModelArrived("run", 1, 2, "m", 1)], clients)
+    timed("death", [rounds.PresenceSeen(name, False, 1) for name in some], len(some))
+    timed("return", [born(name, 2) for name in some], len(some))
+    timed("newcomer", [born(f"new-{i}") for i in range(FEW)], FEW)
+    return costs, region
+
+
+# What an update costs each process
+
+
+def measured_costs(few: int = 10, many: int = 300) -> Row:
+    """CPU seconds of each process for a message and for a client, on this machine."""
+    small, large = _broker_seconds(100, 1_000), _broker_seconds(274_000, 60)
+    megabyte = (large - small) / (274_000 - 100) * 1e6
+    narrow, wide = (measure_width(clients, 1, ROUNDS).cpu_s for clients in (few, many))
+    per_client = {
+        kind: round((wide[kind] - narrow[kind]) / (many - few), 6)
+        for kind in ("broker", "aggregators", "clients")
+    }
+    return {
+        "broker_message": round(max(0.0, small - 1e-4 * megabyte), 7),
+        "broker_mb": round(megabyte, 6),
+        "per_client": per_client,
+        "per_region": {k: wide[k] for k in ("SuperLink", "ServerApp", "bridges", "central-server")},
+    }
+
+
+def _broker_seconds(size: int, messages: int, subscribers: int = 50) -> float:
+    """CPU seconds of the broker for a message in or out."""
+    received = ready = 0
+
+    def count(_topic: str, _payload: bytes) -> None:
+        nonlocal received
+        received += 1
+
+    def connected() -> None:
+        nonlocal ready
+        ready += 1
+
+    with tempfile.TemporaryDirectory(prefix="fedfog-bench-") as folder:
+        broker = LocalBroker(Path(folder)).start()
+        assert broker.process
+        try:
+            peers = Peers(broker.host, broker.port)
+            everybody = [
+                Peer(peers, f"p{i}", ["down"], count, connected) for i in range(subscribers)
+            ]
+            deadline = time.monotonic() + LIMIT_SECONDS
+            cpu = psutil.Process(broker.process.pid).cpu_times
+            before = cpu()
+            for number in range(1, messages + 1):
+                while ready < subscribers or received < (number - 1) * subscribers:
+                    peers.step(1.0)
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"{received} of {messages * subscribers} messages came")
+                if number == 1:
+                    before = cpu()
+                everybody[0].publish("down", number.to_bytes(8) + bytes(size - 8))
+            while received < messages * subscribers:
+                peers.step(1.0)
+            after = cpu()
+        finally:
+            broker.stop()
+    spent = after.user + after.system - before.user - before.system
+    return float(spent / (messages * (subscribers + 1)))
+
+
+# The fit
+
+
+def fit(report: Mapping[str, Any]) -> Row:
+    """Fit `base + client * clients + region * regions + megabyte * megabytes` to the medians in
+    `round_overhead` and `big_models`, in seconds. None of the four is below 0, and each row's error
+    counts relative to its median. A client and a region's aggregator move the model twice each,
+    down and up: megabytes = 2 * model * (clients + regions).
+
+    Raises:
+        ValueError: the report has too few different rows.
+    """
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    rows = [
+        {"parameters": PARAMETERS, **{k: r[k] for k in ("clients", "regions", "median_s")}}
+        for r in report["round_overhead"]
+    ]
+    rows += [
+        {k: r[k] for k in ("parameters", "clients", "regions", "median_s")}
+        for r in report.get("big_models", [])
+    ]
+    # Rows of one model alone cannot tell a client from its megabytes.
+    sizes = {row["parameters"] for row in rows}
+    names = NAMES if len(sizes) > 1 else NAMES[:3]
+    matrix = np.array([_terms(row)[: len(names)] for row in rows])
+    seconds = np.array([row["median_s"] for row in rows])
+    scaled = matrix / seconds[:, None]
+    if np.linalg.matrix_rank(scaled) < len(names):
+        raise ValueError(f"{len(rows)} rows do not tell {', '.join(names)} apart")
+    found, _ = nnls(scaled, np.ones(len(rows)))
+    fitted = matrix @ found
+    residuals = [
+        row | {"fitted_s": round(float(guess), 4), "error": round(float(guess / true - 1), 3)}
+        for row, guess, true in zip(rows, fitted, seconds, strict=True)
+    ]
+    errors = [abs(row["error"]) for row in residuals]
+    return {
+        **{f"{name}_s": float(f"{value:.4g}") for name, value in zip(names, found, strict=True)},
+        "median_error": round(float(np.median(errors)), 3),
+        "largest_error": max(errors),
+        "residuals": residuals,
+    }
+
+
+def _terms(row: Mapping[str, Any]) -> list[float]:
+    megabytes = 2 * 4e-6 * row["parameters"] * (row["clients"] + row["regions"])
+    return [1.0, row["clients"], row["regions"], megabytes]
+
+
+def fitted_seconds(fitted: Mapping[str, Any], clients: int, regions: int) -> float:
+    """What the fit says for the default model."""
+    terms = _terms({"parameters": PARAMETERS, "clients": clients, "regions": regions})
+    return float(sum(fitted.get(f"{n}_s", 0.0) * t for n, t in zip(NAMES, terms, strict=True)))
+
+
+# The simulation
+
+
+def costs_of(fitted: Mapping[str, Any], measured: Mapping[str, Any], link: float) -> Costs:
+    """What is fitted, and what was measured of each process."""
+    return Costs(
+        base=fitted["base_s"],
+        region=fitted["region_s"],
+        broker_message=measured["broker_message"],
+        broker_mb=measured["broker_mb"],
+        aggregator=measured["per_client"]["aggregators"],
+        client=measured["per_client"]["clients"] if link == 0 else 0.0,
+        link_mb=link,
+    )
+
+
+def simulate(layout: Layout, costs: Costs) -> Row:
+    """The third round: the first two gather the clients.
+
+    Raises:
+        AssertionError: not every client was counted once.
+    """
+    began = time.process_time()
+    fog = Fog(layout, costs, PARAMETERS, size=16)
+    last = fog.run(3)[-1]
+    assert last.members == layout.clients
+    row = asdict(layout) | asdict(last)
+    row["cores"] = layout.cores if math.isfinite(layout.cores) else None
+    row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    return row | {"cpu_s": round(time.process_time() - began, 1)}
+
+
+def walls(layout: Layout, costs: Costs) -> Row:
+    """Seconds that the busiest process or link of each kind is busy in a round, if nothing is sent
+    twice; the largest is the first wall. Bytes are those of that broker."""
+    sizes = Sizes.of(PARAMETERS)
+    width = math.ceil(layout.clients / layout.regions)
+    regions = 1 if layout.broker_per_region else layout.regions
+    clients = width * regions
+    small = sizes.receipt + 3 * sizes.status + sizes.member * width
+    bytes_in = clients * sizes.update + sizes.update
+    bytes_out = clients * (2 * sizes.update + small) + regions * sizes.update
+    messages = clients * 8 + 4 * regions
+    top = layout.regions
+    for _ in range(2, layout.tiers):
+        top = math.ceil(top / layout.fan_in)
+    root = layout.regions * sizes.update if layout.broker_per_region else 0
+    busy = {
+        "broker's core": messages * costs.broker_message
+        + (bytes_in + bytes_out) / 1e6 * costs.broker_mb,
+        "broker's link": bytes_out / 1e6 * costs.link_mb,
+        "first broker's link": root / 1e6 * costs.link_mb,
+        "aggregator's core": max(width, layout.fan_in) * costs.aggregator,
+        "SuperLink": top * costs.region,
+    }
+    return asdict(layout) | {
+        "cores": None,
+        "bytes_in": bytes_in,
+        "bytes_out": bytes_out,
+        "busy_s": {name: round(seconds, 3) for name, seconds in busy.items()},
+        "wall": max(busy, key=lambda name: busy[name]),
+        "bridges": top,
+    }
+
+
+def largest_region(name_length: int) -> int:
+    """Clients whose names, all of this length, still fit into the header of a region's partial."""
+    table = TensorTable((("weights", (1,)),))
+    vector = np.zeros(1, np.float32)
+
+    def header(members: int) -> int:
+        meta = partial_meta(1)
+        names = {f"{i:x}".rjust(name_length, "n"): 1000 for i in range(members)}
+        return len(encode(meta.model_copy(update={"members": names}), table, vector))
+
+    base, more = header(1), header(1001)
+    return int((MAX_HEADER_BYTES - base) / ((more - base) / 1000))
+
+
+WIDE = (  # of regions of 1,000 clients: one broker; one for each region; and more tiers
+    Layout(1_000, 1),
+    Layout(10_000, 10),
+    Layout(10_000, 10, broker_per_region=True),
+    Layout(100_000, 100, broker_per_region=True),
+    Layout(100_000, 100, tiers=3, fan_in=10, broker_per_region=True),
+)
+WIDEST = (
+    Layout(1_000_000, 1_000),
+    Layout(1_000_000, 1_000, broker_per_region=True),
+    Layout(1_000_000, 1_000, tiers=3, fan_in=32, broker_per_region=True),
+    Layout(1_000_000, 1_000, tiers=4, fan_in=10, broker_per_region=True),
+    Layout(1_000_000, 10_000, tiers=5, fan_in=10, broker_per_region=True),
+)
+
+
+def measure(console: Console) -> Row:
+    """All that takes time and needs no fit."""
+    console.print("the rules alone ...")
+    core = [core_costs(clients) for clients in CORE_CLIENTS]
+    console.print("what an update costs each process ...")
+    return {"core": core, "costs": measured_costs()}
+
+
+def extend(report: Mapping[str, Any], measured: Row, console: Console) -> Row:
+    """Fit the measured rounds, and simulate the same and wider fogs."""
+    fitted = fit(report)
+    here = costs_of(fitted, measured["costs"], link=0.0)
+    cores = report["machine"]["cores"]
+    for row in fitted["residuals"]:
+        if row["parameters"] == PARAMETERS:
+            seen = simulate(Layout(row["clients"], row["regions"], cores=cores), here)
+            row |= {"simulated_s": seen["seconds"], "simulated_copies": seen["copies"]}
+    apart = costs_of(fitted, measured["costs"], link=LINK)
+    wide = []
+    for layout in WIDE:
+        console.print(f"simulating {layout} ...")
+        wide.append(simulate(layout, apart))
+    return measured | {
+        "fit": fitted,
+        "simulated": wide,
+        "predicted": [walls(layout, apart) for layout in (*WIDE, *WIDEST)],
+        "largest_region": {str(length): largest_region(length) for length in (12, 31)},
+    }
+
+
+# What is shown
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    scaling = report["scaling"]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    rows = report["round_overhead"]
+    wide = scaling["simulated"]
+    for index, regions in enumerate(sorted({row["regions"] for row in rows})):
+        mine = [row for row in rows if row["regions"] == regions]
+        colour = f"C{index}"
+        x, y = [r["clients"] for r in mine], [r["median_s"] for r in mine]
+        axes.plot(x, y, "o", color=colour, label=f"measured, {regions} region(s)")
+        line = np.geomspace(max(1, min(x)), max(x), 50)
+        axes.plot(
+            line, [fitted_seconds(scaling["fit"], c, regions) for c in line], color=colour, lw=1
+        )
+    here = [row for row in scaling["fit"]["residuals"] if "simulated_s" in row]
+    x, y = [r["clients"] for r in here], [r["simulated_s"] for r in here]
+    axes.plot(x, y, "k+", label="simulated, same")
+    for marker, label, chosen in (
+        ("s", "one broker", lambda r: not r["broker_per_region"]),
+        ("^", "a broker per region", lambda r: r["broker_per_region"] and r["tiers"] == 2),
+        ("v", "and one more tier", lambda r: r["tiers"] > 2),
+    ):
+        some = [r for r in wide if chosen(r)]
+        axes.plot(
+            [r["clients"] for r in some],
+            [r["seconds"] for r in some],
+            marker,
+            color="grey",
+            label=f"simulated, own cores, 1 Gbit/s, {label}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="s per round, training off")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def blocks(report: Mapping[str, Any]) -> dict[str, str]:
+    """The generated parts of the page, by name."""
+    scaling = report["scaling"]
+    fitted, costs = scaling["fit"], scaling["costs"]
+    machine = report["machine"]
+
+    def place(row: Row) -> list[object]:
+        brokers = "one per region" if row["broker_per_region"] else "1"
+        return [f"{row['clients']:,}", f"{row['regions']:,}", row["tiers"], brokers]
+
+    units = {"base": "per round", "client": "per client", "region": "per region"}
+    units["megabyte"] = "per megabyte moved"
+    parts = [
+        [units[name], f"{1e3 * fitted[f'{name}_s']:.3g} ms"]
+        for name in NAMES
+        if f"{name}_s" in fitted
+    ]
+    busy = list(scaling["predicted"][0]["busy_s"])
+    return {
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"loopback, {machine['date']}.",
+        "measured": markdown(
+            ["clients", "regions", "parameters", "measured s", "fitted s", "error", "simulated s"],
+            [
+                [
+                    f"{r['clients']:,}",
+                    r["regions"],
+                    f"{r['parameters']:,}",
+                    r["median_s"],
+                    r["fitted_s"],
+                    f"{100 * r['error']:+.0f} %",
+                    r.get("simulated_s", ""),
+                ]
+                for r in fitted["residuals"]
+            ],
+        ),
+        "fit": markdown(["part", "cost"], parts)
+        + f"\n\nMedian error {100 * fitted['median_error']:.0f} %, largest "
+        f"{100 * fitted['largest_error']:.0f} %, {len(fitted['residuals'])} rows.",
+        "costs": markdown(
+            ["process", "CPU"],
+            [
+                ["broker, a message in or out", f"{1e6 * costs['broker_message']:.0f} µs"],
+                ["broker, a megabyte in or out", f"{1e6 * costs['broker_mb']:.0f} µs"],
+                *(
+                    [f"{kind}, one more client", f"{1e6 * seconds:.0f} µs"]
+                    for kind, seconds in costs["per_client"].items()
+                ),
+                *(
+                    [f"{kind}, a round of one region", f"{1e3 * seconds:.0f} ms"]
+                    for kind, seconds in costs["per_region"].items()
+                ),
+            ],
+        ),
+        "core": markdown(
+            ["clients", *STEPS, "memory"],
+            [
+                [
+                    f"{r['clients']:,}",
+                    *(f"{r[f'{step}_us']:,.1f} µs" for step in STEPS),
+                    f"{r['bytes']} B",
+                ]
+                for r in scaling["core"]
+            ],
+        ),
+        "simulated": markdown(
+            [
+                *PLACE,
+                "round",
+                "an update is sent",
+                "one broker in",
+                "out",
+                "broker busy",
+                "aggregator busy",
+                "SuperLink busy",
+            ],
+            [
+                [
+                    *place(r),
+                    f"{r['seconds']:.2f} s",
+                    f"{r['copies']:.2f} times",
+                    f"{r['bytes_in'] / 1e6:,.0f} MB",
+                    f"{r['bytes_out'] / 1e6:,.0f} MB",
+                    *(f"{r[f'{k}_seconds']:.2f} s" for k in ("broker", "aggregator", "superlink")),
+                ]
+                for r in scaling["simulated"]
+            ],
+        ),
+        "predicted": markdown(
+            [*PLACE, "bridges", *busy, "first wall"],
+            [
+                [*place(r), r["bridges"], *(f"{r['busy_s'][n]:,.2f} s" for n in busy), r["wall"]]
+                for r in scaling["predicted"]
+            ],
+        ),
+        "members": markdown(
+            ["length of a client's name", "clients in a region at most"],
+            [[length, f"{most:,}"] for length, most in scaling["largest_region"].items()],
+        ),
+    }
+
+
+def write_page(report: Mapping[str, Any], path: Path = PAGE) -> None:
+    """Put each block between its two comments.
+
+    Raises:
+        ValueError: a block has no place in the page.
+    """
+    page = path.read_text("utf-8")
+    for name, text in blocks(report).items():
+        begin, end = f"<!-- figures: {name} -->\n", f"<!-- end: {name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"{path.name} has no place for the figures '{name}'")
+        before, rest = page.split(begin)
+        page = before + begin + text + "\n" + end + rest.split(end)[1]
+    path.write_text(page, "utf-8")
+
+
+def main() -> int:
+    logs.configure("bench", "error")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
+    console = Console(width=140)
+    latest = RESULTS / "latest.json"
+    report = json.loads(latest.read_text())
+    if "--fit" not in sys.argv:
+        report["scaling"] = extend(report, measure(console), console)
+        latest.write_text(json.dumps(report, indent=1) + "\n")
+    table = Table(*KEYS)
+    for row in report["scaling"]["fit"]["residuals"]:
+        table.add_row(*(str(row[key]) for key in KEYS))
+    console.print(table)
+    for name, text in blocks(report).items():
+        console.print(f"[bold]{name}[/bold]", text, "", sep="\n", highlight=False)
+    plot(report, RESULTS / "scaling.png")
+    if "--write" in sys.argv:
+        write_page(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
