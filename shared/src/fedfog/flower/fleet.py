@@ -9,11 +9,12 @@ restarted, so that only a supervisor could bring the node back.
 
 import hashlib
 import importlib
-import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -35,6 +36,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
+from flwr.supercore.exit import exit_handler
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -319,11 +321,23 @@ def _control(address: str) -> Iterator["ControlHttpClient"]:
         client.close()
 
 
-def load_superlink() -> Callable[[], None]:
-    """Import all that `flower-superlink` needs, also what it would import late, and return its
-    main function, which reads `sys.argv`."""
+def load_commands() -> dict[str, Callable[[], None]]:
+    """Import all that Flower's server side needs, also what it would import late, and our
+    ServerApp; return the main functions of its commands, which read `sys.argv`."""
     importlib.import_module("flwr.superlink.main")
-    from flwr.superlink.cli.flower_superlink import flower_superlink
+    from flwr.supercore.cli import flower_superexec
+    from flwr.superlink.cli import flower_superlink, flwr_serverapp
 
-    sys.argv[0] = "flower-superlink"
-    return flower_superlink
+    app = tomllib.loads((files("fedfog.flower") / "app" / "pyproject.toml").read_text())
+    server_app, _, _ = app["tool"]["flwr"]["app"]["components"]["serverapp"].partition(":")
+    importlib.import_module(server_app)
+    return {
+        "flower-superlink": flower_superlink,
+        "flower-superexec": flower_superexec,
+        "flwr-serverapp": flwr_serverapp,
+    }
+
+
+def forget_exit_handlers() -> None:
+    """In a forked process: leave to the parent what it wanted to do at its end."""
+    exit_handler.registered_exit_handlers.clear()
