@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 SERVICES := $(wildcard services/*/pyproject.toml)
-TOOLS := pytest hypothesis mypy ruff import-linter pyyaml markdown-it-py
+TOOLS := pytest hypothesis mypy ruff import-linter pyyaml markdown-it-py scikit-learn
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 

@@ -45,9 +45,7 @@ def become(module: str, log: str, env: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def forks() -> Iterator[ForkServerContext]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [*filter(None, PARTS.values()), "torch", "sklearn.metrics", "fedfog.flower.fleet"]
-    )
+    context.set_forkserver_preload([*filter(None, PARTS.values()), "torch", "fedfog.flower.fleet"])
     yield context
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -44,6 +46,21 @@ def test_five_class_auroc_is_the_macro_mean_of_one_against_rest() -> None:
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
     assert evaluate_full(FIVE, nn.Identity(), data).auroc == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(-3, 3)), min_size=2))
+def test_metrics_are_those_of_scikit_learn(examples: list[tuple[int, int, int]]) -> None:
+    """Also with ties, and for classes that are rare, missing or predicted only."""
+    labels, predicted, odds = map(np.array, zip(*examples, strict=True))
+    five = TensorDataset(torch.eye(5)[predicted], torch.from_numpy(labels))
+    expected = f1_score(labels, predicted, average="macro", zero_division=0)
+    assert evaluate_full(FIVE, nn.Identity(), five).macro_f1 == pytest.approx(expected)
+    two = TensorDataset(torch.from_numpy(odds).float()[:, None], torch.from_numpy(labels % 2))
+    auroc = evaluate_full(BINARY, nn.Identity(), two).auroc
+    if len(set(labels % 2)) == 1:
+        assert auroc is None
+    else:
+        assert auroc == pytest.approx(roc_auc_score(labels % 2, odds))
 
 
 def test_confusion_matrix_has_a_row_and_a_column_for_every_class() -> None:

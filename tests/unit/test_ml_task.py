@@ -163,18 +163,19 @@ def test_single_logit_means_binary_cross_entropy() -> None:
     torch.testing.assert_close(Ecg5000(DATA).loss(outputs, targets), expected)
 
 
-def test_a_client_never_imports_scikit_learn_or_pandas() -> None:
+def test_learning_needs_neither_scikit_learn_nor_pandas() -> None:
     script = f"""
 import sys
 from pathlib import Path
 import numpy as np
-from fedfog.ml.evaluation import evaluate
+from fedfog.ml.evaluation import evaluate, evaluate_full
 from fedfog.ml.task import load_task
 from fedfog.ml.training import train_local
 task = load_task("ecg5000", data_dir=Path({str(DATA)!r}))
 data, model = task.training_data(np.arange(40)), task.build_model(0)
 train_local(task, model, data, epochs=1, batch_size=32, learning_rate=1e-3, seed=0)
 evaluate(task, model, data)
+evaluate_full(task, model, data)
 sys.exit(" ".join({{"sklearn", "scipy", "pandas"}} & set(sys.modules)) or 0)
 """
     done = subprocess.run(

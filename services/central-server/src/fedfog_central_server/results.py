@@ -1,6 +1,9 @@
 """What a run leaves behind for its user: summary, weights, model card and learning curve."""
 
-import io
+import errno
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 from fedfog.files import write_atomically
@@ -10,6 +13,8 @@ from fedfog.runs import Status, Summary
 from fedfog_central_server.checkpoints import Checkpoint
 from fedfog_central_server.history import HistoryFile
 from fedfog_central_server.runs import Run
+
+CURVE_SECONDS = 60.0  # until it is given up
 
 _CARD = """\
 # Model of run {run}
@@ -147,23 +152,16 @@ def _cells(prefix: str, evaluation: Evaluation | None) -> dict[str, str]:
 
 def save_curve(run: Run) -> None:
     """`learning-curve.png`: metrics and loss over the rounds. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    points = run.history.evaluations
-    rounds = [evaluation.round for evaluation in points]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC"), ("macro_f1", "macro-F1")):
-        left.plot(rounds, [getattr(e, name) for e in points], marker="o", label=label)
-    left.set(xlabel="round", ylabel="on held-out examples", title=run.info.run)
-    left.legend()
-    right.plot(rounds, [e.loss for e in points], marker="o", color="tab:red")
-    right.set(xlabel="round", ylabel="loss (nats)", title="loss")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(run.folder / "learning-curve.png", buffer.getvalue())
+    path = run.folder / "learning-curve.png"
+    points = [evaluation.model_dump() for evaluation in run.history.evaluations]
+    try:
+        drawn = subprocess.run(
+            [sys.executable, "-m", "fedfog_central_server.curve"],
+            input=json.dumps({"title": run.info.run, "points": points}).encode(),
+            stdout=subprocess.PIPE,
+            timeout=CURVE_SECONDS,
+            check=True,
+        )
+    except subprocess.SubprocessError as error:
+        raise OSError(errno.EIO, f"not drawn, {error}", str(path)) from error
+    write_atomically(path, drawn.stdout)

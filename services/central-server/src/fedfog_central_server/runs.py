@@ -33,7 +33,7 @@ DEFINING = ("task", *CHOOSABLE)
 # The id in messages gets a suffix at each rewind, and may have 63 characters.
 NAME_LENGTH = 55
 _REWOUND = re.compile(r"-r\d+$")
-_PACKAGES = ("fedfog", "flwr", "torch", "numpy", "scikit-learn")
+_PACKAGES = ("fedfog", "flwr", "torch", "numpy")
 
 
 class Run:
