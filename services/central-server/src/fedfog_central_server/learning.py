@@ -16,6 +16,7 @@ import structlog
 
 from fedfog.messages.codec import TensorTable, Vector
 from fedfog.messages.schemas import Evaluation
+from fedfog.ml.runtime import load_torch
 from fedfog.settings import CentralSettings
 from fedfog_central_server.checkpoints import Checkpoint
 
@@ -91,10 +92,10 @@ class Learning:
         if checkpoint is not None and self._jobs.qsize() >= MAX_WAITING:
             log.warning("evaluation_passed_over", round=checkpoint.round)
             return Evaluated(job.run, checkpoint, None)
+        task = self._task
         from fedfog.ml.evaluation import evaluate_full
         from fedfog.ml.training import load_arrays, state_arrays
 
-        task = self._task
         if checkpoint is None:
             arrays = state_arrays(task.build_model(job.seed))
             table = TensorTable.of(arrays)
@@ -108,11 +109,9 @@ class Learning:
 
     @cached_property
     def _task(self) -> "Task":
-        import torch
-
+        load_torch(threads=1)  # more would only take the cores from who trains
         from fedfog.ml.task import load_task
 
-        torch.set_num_threads(1)  # more would only take the cores from who trains
         task = load_task(self._settings.task, data_dir=self._settings.data_dir)
         self.description = task.description
         return task

@@ -17,6 +17,7 @@ import structlog
 from fedfog.core.slots import slot_indices, slots_share
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector
 from fedfog.messages.schemas import ClientMetrics, ModelMeta, Slot
+from fedfog.ml.runtime import load_torch
 from fedfog.settings import ClientSettings
 
 log = structlog.get_logger()
@@ -80,11 +81,9 @@ class Trainer(threading.Thread):
 
     def run(self) -> None:
         try:
-            import torch
-
+            load_torch(self._settings.training_threads)
             from fedfog.ml.task import DataError, load_task
 
-            torch.set_num_threads(self._settings.training_threads)
             task = load_task(self._settings.task, data_dir=self._settings.data_dir)
             while True:
                 job = self._jobs.get()

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from fedfog.ml.runtime import load_torch
 from fedfog.service import EXIT_FAILED, EXIT_OK, die_with, exit_now
 
 _MODULE = "fedfog_client.main"
-_SHARED = ("torch", "fedfog.ml.task", "fedfog.ml.training", "fedfog.ml.evaluation", _MODULE)
+_SHARED = ("fedfog.ml.task", "fedfog.ml.training", "fedfog.ml.evaluation", _MODULE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def main(path: Path) -> int:
     """Fork the clients that `path` lists, and wait: until the first one ends, or after SIGTERM,
     which is passed on, until all have ended."""
     clients = [Client(**fields) for fields in json.loads(path.read_text())]
+    load_torch(threads=1)
     for module in _SHARED:
         importlib.import_module(module)
     children: dict[int, Client] = {}
