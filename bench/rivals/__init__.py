@@ -8,7 +8,7 @@ it, with its defaults. Every model is compared with the mean that it should be.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class Case:
 
 
 CASES = (
-    Case("flower", 3, 0, 3, 150),
-    Case("flower", 10, 0, 2, 170, quick=True),
+    Case("flower", 3, 0, 3, 100),
+    Case("flower", 10, 0, 2, 120, quick=True),
     Case("flower-torch", 3, 0, 3, 170),
     Case("flower-torch", 10, 0, 2, 170, quick=True),
     Case("flower-grpc", 3, 2, 20, 60),
@@ -68,7 +68,7 @@ HOW = {
 
 
 def measure(
-    names: Iterable[str] = NAMES,
+    names: Collection[str] = NAMES,
     quick: bool = False,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> list[Rival]:
@@ -103,8 +103,8 @@ def run(case: Case) -> Rival:
         folder = Path(name)
         marks = folder / "marks"
         marks.touch()
-        # One round more than is timed: nothing that ends a run is in the figures.
-        env = {MARKS: str(marks), CLIENTS: str(case.clients), ROUNDS: str(models)}
+        # More rounds than are timed: nothing that ends a run is in the figures.
+        env = {MARKS: str(marks), CLIENTS: str(case.clients), ROUNDS: str(models + 1)}
         try:
             with Processes(folder, env) as processes:
                 version = STARTERS[case.name](processes, folder, case.clients)
