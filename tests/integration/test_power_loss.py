@@ -105,7 +105,7 @@ SLOTS = {"a": 0, "c": 1}
 def round_of(store: PartialStore, round: int) -> None:
     slots = SlotTable("run", 2, dict(SLOTS))
     store.save_cohort(Newest("run", 1, round), frozenset(SLOTS), slots, keep=2)
-    store.commit("run", round, partial(round, round, parameters=3000), {"c": 10})
+    store.commit("run", round, [partial(round, round, parameters=3000)], {"c": 10})
 
 
 def read(folder: Path) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedfog.core.aggregation import WeightedSum
+from fedfog.core.aggregation import WeightedSum, all_finite
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 
@@ -75,3 +75,22 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(shape: int, weight: in
 def test_mean_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing"):
         WeightedSum(3).mean()
+
+
+def test_nothing_is_added_once_the_mean_was_taken() -> None:
+    """The mean lies where the sum was."""
+    total = WeightedSum(3)
+    total.add(np.ones(3, np.float32), 2)
+    assert total.mean().tolist() == total.mean().tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="the mean was taken"):
+        total.add(np.ones(3, np.float32), 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(bad: float) -> None:
+    vector = np.zeros(200_000, np.float32)
+    assert all_finite(vector)
+    for index in (0, 65_536, 199_999):
+        vector[index] = bad
+        assert not all_finite(vector)
+        vector[index] = 0

@@ -16,7 +16,7 @@ SLOTS = SlotTable("run", 2, {"a": 0, "b": 1})
 def do_round(store: PartialStore, round: int, run: str = "run") -> None:
     slots = SlotTable(run, 2, dict(SLOTS.holders))
     store.save_cohort(Newest(run, 1, round), CLIENTS, slots, keep=2)
-    store.commit(run, round, partial(round, round, run=run, parameters=2000), {"c": 10})
+    store.commit(run, round, [partial(round, round, run=run, parameters=2000)], {"c": 10})
 
 
 def size(folder: Path) -> int:
@@ -59,7 +59,7 @@ def test_second_partial_of_a_round_is_refused(tmp_path: Path) -> None:
     store = PartialStore(tmp_path)
     do_round(store, 1)
     with pytest.raises(AnotherOwnerError, match=r"aggregator\.db already has a partial of round 1"):
-        store.commit("run", 1, partial(9.0, 1), {"c": 10})
+        store.commit("run", 1, [partial(9.0, 1)], {"c": 10})
     assert store.partial("run", 1) == partial(1, 1, parameters=2000)
 
 

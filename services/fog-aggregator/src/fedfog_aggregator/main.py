@@ -19,7 +19,7 @@ from fedfog.messages.codec import (
     decode,
     decode_json,
     digest_of,
-    encode,
+    encode_header,
 )
 from fedfog.messages.schemas import (
     ClientMetrics,
@@ -116,8 +116,8 @@ class Aggregator:
             heartbeat.beat("ready" if self.session.connected else "no MQTT broker")
             if isinstance(event, service.StopRequested):
                 break
-            for core_event in self._translate(event):
-                self._apply(core_event, now)
+            self._handle(event, now)
+            del event  # a large update makes room for the next one
             if due is not None and now >= due and self._exit is None:
                 self._apply(rounds.Tick(), now)
                 self._upwards(participation.Tick(), now)
@@ -137,6 +137,10 @@ class Aggregator:
     def _wake_at(self) -> float | None:
         due = [self._rounds.wake_at(), self._parent.wake_at() if self._parent else None]
         return min((at for at in due if at is not None), default=None)
+
+    def _handle(self, event: Any, now: float) -> None:
+        for core_event in self._translate(event):
+            self._apply(core_event, now)
 
     # From messages to events
 
@@ -312,7 +316,9 @@ class Aggregator:
                 case rounds.StoreSlots(slots_table):
                     self._store_slots(slots_table)
                 case rounds.Commit() as commit:
-                    actions.extend(self._rounds.handle(self._commit(commit), now))
+                    committed = self._commit(commit)
+                    del commit  # and with it the sum
+                    actions.extend(self._rounds.handle(committed, now))
                 case rounds.Log(level, name, fields):
                     getattr(log, level)(name, **fields)
                 case rounds.Exit(reason, another_owner):
@@ -354,7 +360,7 @@ class Aggregator:
             seconds={"collect": round(commit.collect_seconds, 6)},
         )
         try:
-            payload = encode(meta, self._table, mean)
+            payload = (encode_header(meta, self._table), mean.data.cast("B"))
             self._store.commit(commit.run, commit.round, payload, commit.members)
         except AnotherOwnerError as error:
             return rounds.CommitFailed(str(error), another_owner=True)

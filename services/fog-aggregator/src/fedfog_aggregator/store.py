@@ -8,7 +8,7 @@ KEEP_ROUNDS and the largest model make it.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ pragma synchronous = full;
 create table if not exists cohort
     (run text, round int, clients text not null, primary key (run, round));
 create table if not exists partial
-    (run text, round int, payload blob not null, members text not null, primary key (run, round));
+    (run text, round int, members text not null, payload blob not null, primary key (run, round));
 create table if not exists newest (run text, run_started int, round int);
 create table if not exists slots (run text primary key, slots int not null, holders text not null);
 """
@@ -92,12 +92,14 @@ class PartialStore:
 
     def _read(self, run: str, round_: int) -> tuple[bytes, dict[str, int]] | None:
         """Payload and members of a partial, if they are what was committed."""
-        select = "select payload, members from partial where run = ? and round = ?"
+        select = "select rowid, members from partial where run = ? and round = ?"
         with self._errors():
             row = self._db.execute(select, (run, round_)).fetchone()
             if row is None:
                 return None
-            payload, members = row[0], json.loads(row[1])
+            members = json.loads(row[1])
+            with self._db.blobopen("partial", "payload", row[0], readonly=True) as blob:
+                payload = blob.read()
             partial = decode(payload, PartialMeta)
             meta = partial.meta
         if (meta.run, meta.round, meta.members) != (run, round_, members):
@@ -134,16 +136,30 @@ class PartialStore:
                 self._db.execute(delete, (run, round_ - keep))
             self._db.execute("delete from slots where run != ?", (run,))
 
-    def commit(self, run: str, round_: int, payload: bytes, members: Mapping[str, int]) -> None:
-        """Store a partial together with its members: from here on they are accepted.
+    def commit(
+        self,
+        run: str,
+        round_: int,
+        payload: Sequence[bytes | memoryview],
+        members: Mapping[str, int],
+    ) -> None:
+        """Store a partial, given in parts, together with its members: from here on they are
+        accepted.
 
         Raises:
             AnotherOwnerError: the round has a partial already.
         """
-        insert = "insert into partial values (?, ?, ?, ?)"
+        # Room first, and then the parts into it: as a value, SQLite would copy them twice.
+        insert = "insert into partial (run, round, members, payload) values (?, ?, ?, zeroblob(?))"
+        size = sum(len(part) for part in payload)
         try:
             with self._errors(), self._db:
-                self._db.execute(insert, (run, round_, payload, json.dumps(dict(members))))
+                row = (run, round_, json.dumps(dict(members)), size)
+                rowid = self._db.execute(insert, row).lastrowid
+                assert rowid is not None
+                with self._db.blobopen("partial", "payload", rowid) as blob:
+                    for part in payload:
+                        blob.write(part)
         except sqlite3.IntegrityError as error:
             raise AnotherOwnerError(
                 f"{self.path} already has a partial of round {round_}: another aggregator "

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfog.core.aggregation import WeightedSum
+from fedfog.core.aggregation import WeightedSum, all_finite
 from fedfog.core.phases import Phase
 from fedfog.core.slots import SlotTable
 
@@ -441,7 +441,7 @@ class RegionRounds:
         if not 0 < event.num_examples <= most:
             limit = f"num_examples is not within 1..{most} (MAX_EXAMPLES)"
             return [self._answer(event, "rejected", limit)]
-        if not np.isfinite(event.vector).all():
+        if not all_finite(event.vector):
             return [self._answer(event, "rejected", "the tensors hold NaN or infinity")]
         self._total.add(event.vector, event.num_examples)
         self.members[event.client] = event.num_examples
