@@ -26,21 +26,23 @@ from rich.table import Table
 
 from bench.simulation import Costs, Fog, Layout, Sizes, name_of, partial_meta
 from bench.swarm import Peer, Peers
-from bench.width import ROOT
-from bench.width import measure as measure_width
 from fedfog import logs
 from fedfog.cli.broker import LocalBroker
 from fedfog.core import rounds
+from fedfog.core.participation import RESEND_SECONDS
 from fedfog.messages.codec import MAX_HEADER_BYTES, TensorTable, encode
 
+ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
 PARAMETERS = 68_353
 MEGABYTES = 4 * PARAMETERS / 1e6
+KINDS = ("broker", "aggregators", "clients", "bridges", "SuperLink", "ServerApp")
 NAMES = ("base", "client", "region", "megabyte")
-ROUNDS = 8  # of a measurement
 FEW = 100  # of what costs as much as the region is wide
 LIMIT_SECONDS = 60.0
+CLOCK_SECONDS = 0.001  # less of CPU time a round is not seen
+MESSAGES = 7  # per client at the broker: model, update in and out, receipts, two of the status
 STEPS = ("birth", "update", "close", "open", "death", "return", "newcomer")
 KEYS = ("clients", "regions", "parameters", "median_s", "fitted_s", "error")
 PLACE = ("clients", "regions", "tiers", "brokers")
@@ -96,21 +98,13 @@ def _one_round(clients: int) -> tuple[Row, rounds.RegionRounds]:
 # What an update costs each process
 
 
-def measured_costs(few: int = 10, many: int = 300) -> Row:
-    """CPU seconds of each process for a message and for a client, on this machine."""
-    small, large = _broker_seconds(100, 1_000), _broker_seconds(274_000, 60)
-    megabyte = (large - small) / (274_000 - 100) * 1e6
-    narrow, wide = (measure_width(clients, 1, ROUNDS).cpu_s for clients in (few, many))
-    per_client = {
-        kind: round((wide[kind] - narrow[kind]) / (many - few), 6)
-        for kind in ("broker", "aggregators", "clients")
-    }
-    return {
-        "broker_message": round(max(0.0, small - 1e-4 * megabyte), 7),
-        "broker_mb": round(megabyte, 6),
-        "per_client": per_client,
-        "per_region": {k: wide[k] for k in ("SuperLink", "ServerApp", "bridges", "central-server")},
-    }
+def broker_costs() -> dict[str, float]:
+    """CPU seconds of the broker for a message in or out, and for a megabyte."""
+    little, much = 100, 4 * PARAMETERS
+    small, large = _broker_seconds(little, 1_000), _broker_seconds(much, 60)
+    byte = (large - small) / (much - little)
+    message = max(0.0, small - little * byte)
+    return {"broker_message_s": round(message, 8), "broker_mb_s": round(1e6 * byte, 7)}
 
 
 def _broker_seconds(size: int, messages: int, subscribers: int = 50) -> float:
@@ -160,42 +154,52 @@ def fit(report: Mapping[str, Any]) -> Row:
     """Fit `base + client * clients + region * regions + megabyte * megabytes` to the medians in
     `round_overhead` and `big_models`, in seconds. None of the four is below 0, and each row's error
     counts relative to its median. A client and a region's aggregator move the model twice each,
-    down and up: megabytes = 2 * model * (clients + regions).
+    down and up: megabytes = 2 * model * (clients + regions). `cpu` has the same of the CPU seconds
+    of each kind of process, over the rounds of the default model.
 
     Raises:
         ValueError: the report has too few different rows.
     """
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
-
     rows = [
-        {"parameters": PARAMETERS, **{k: r[k] for k in ("clients", "regions", "median_s")}}
+        {"clients": r["clients"], "regions": r["regions"], "parameters": PARAMETERS}
+        | {"median_s": r["median_s"]}
         for r in report["round_overhead"]
     ]
     rows += [
-        {k: r[k] for k in ("parameters", "clients", "regions", "median_s")}
+        {key: r[key] for key in ("clients", "regions", "parameters", "median_s")}
         for r in report.get("big_models", [])
     ]
     # Rows of one model alone cannot tell a client from its megabytes.
-    sizes = {row["parameters"] for row in rows}
-    names = NAMES if len(sizes) > 1 else NAMES[:3]
-    matrix = np.array([_terms(row)[: len(names)] for row in rows])
-    seconds = np.array([row["median_s"] for row in rows])
-    scaled = matrix / seconds[:, None]
-    if np.linalg.matrix_rank(scaled) < len(names):
-        raise ValueError(f"{len(rows)} rows do not tell {', '.join(names)} apart")
-    found, _ = nnls(scaled, np.ones(len(rows)))
-    fitted = matrix @ found
-    residuals = [
-        row | {"fitted_s": round(float(guess), 4), "error": round(float(guess / true - 1), 3)}
-        for row, guess, true in zip(rows, fitted, seconds, strict=True)
-    ]
-    errors = [abs(row["error"]) for row in residuals]
-    return {
-        **{f"{name}_s": float(f"{value:.4g}") for name, value in zip(names, found, strict=True)},
+    names = NAMES if len({row["parameters"] for row in rows}) > 1 else NAMES[:3]
+    costs = _least_squares(rows, [row["median_s"] for row in rows], names)
+    for row in rows:
+        row["fitted_s"] = round(seconds_of(costs, row), 4)
+        row["error"] = round(row["fitted_s"] / row["median_s"] - 1, 3)
+    errors = [abs(row["error"]) for row in rows]
+    wide = report["round_overhead"]
+    return costs | {
         "median_error": round(float(np.median(errors)), 3),
         "largest_error": max(errors),
-        "residuals": residuals,
+        "residuals": rows,
+        "cpu": {
+            kind: _least_squares(rows[: len(wide)], [row["cpu_s"][kind] for row in wide], NAMES[:3])
+            for kind in KINDS
+        },
     }
+
+
+def _least_squares(
+    rows: Sequence[Mapping[str, Any]], seconds: Sequence[float], names: Sequence[str]
+) -> Row:
+    """Costs that are not negative, from errors relative to the seconds."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    matrix = np.array([_terms(row)[: len(names)] for row in rows])
+    matrix /= np.maximum(seconds, CLOCK_SECONDS)[:, None]
+    if np.linalg.matrix_rank(matrix) < len(names):
+        raise ValueError(f"{len(rows)} rows do not tell {', '.join(names)} apart")
+    found, _ = nnls(matrix, np.ones(len(rows)))
+    return {f"{name}_s": float(f"{value:.4g}") for name, value in zip(names, found, strict=True)}
 
 
 def _terms(row: Mapping[str, Any]) -> list[float]:
@@ -203,24 +207,25 @@ def _terms(row: Mapping[str, Any]) -> list[float]:
     return [1.0, row["clients"], row["regions"], megabytes]
 
 
-def fitted_seconds(fitted: Mapping[str, Any], clients: int, regions: int) -> float:
-    """What the fit says for the default model."""
-    terms = _terms({"parameters": PARAMETERS, "clients": clients, "regions": regions})
-    return float(sum(fitted.get(f"{n}_s", 0.0) * t for n, t in zip(NAMES, terms, strict=True)))
+def seconds_of(costs: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """What a fit says for a row."""
+    terms = zip(NAMES, _terms(row), strict=True)
+    return float(sum(costs.get(f"{name}_s", 0.0) * term for name, term in terms))
 
 
 # The simulation
 
 
-def costs_of(fitted: Mapping[str, Any], measured: Mapping[str, Any], link: float) -> Costs:
-    """What is fitted, and what was measured of each process."""
+def costs_of(scaling: Mapping[str, Any], link: float) -> Costs:
+    """What was fitted and measured; with a link, clients have machines of their own."""
+    cpu = scaling["cpu"]
     return Costs(
-        base=fitted["base_s"],
-        region=fitted["region_s"],
-        broker_message=measured["broker_message"],
-        broker_mb=measured["broker_mb"],
-        aggregator=measured["per_client"]["aggregators"],
-        client=measured["per_client"]["clients"] if link == 0 else 0.0,
+        base=scaling["base_s"],
+        region=scaling["region_s"],
+        broker_message=scaling["broker_message_s"],
+        broker_mb=scaling["broker_mb_s"],
+        aggregator=cpu["aggregators"]["client_s"],
+        client=0.0 if link else cpu["clients"]["client_s"],
         link_mb=link,
     )
 
@@ -246,28 +251,27 @@ def walls(layout: Layout, costs: Costs) -> Row:
     twice; the largest is the first wall. Bytes are those of that broker."""
     sizes = Sizes.of(PARAMETERS)
     width = math.ceil(layout.clients / layout.regions)
-    regions = 1 if layout.broker_per_region else layout.regions
-    clients = width * regions
-    small = sizes.receipt + 3 * sizes.status + sizes.member * width
-    bytes_in = clients * sizes.update + sizes.update
-    bytes_out = clients * (2 * sizes.update + small) + regions * sizes.update
-    messages = clients * 8 + 4 * regions
+    brokers = layout.regions if layout.broker_per_region else 1
+    clients = math.ceil(layout.clients / brokers)
+    answers = sizes.receipt + 2 * sizes.status + sizes.member * width
+    over_link = clients * (sizes.update + answers)
+    bytes_in = clients * sizes.update
+    messages = clients * MESSAGES
     top = layout.regions
     for _ in range(2, layout.tiers):
         top = math.ceil(top / layout.fan_in)
-    root = layout.regions * sizes.update if layout.broker_per_region else 0
     busy = {
         "broker's core": messages * costs.broker_message
-        + (bytes_in + bytes_out) / 1e6 * costs.broker_mb,
-        "broker's link": bytes_out / 1e6 * costs.link_mb,
-        "first broker's link": root / 1e6 * costs.link_mb,
+        + (2 * bytes_in + over_link) / 1e6 * costs.broker_mb,
+        "broker's link": over_link / 1e6 * costs.link_mb,
+        "first broker's link": (brokers - 1) * sizes.update / 1e6 * costs.link_mb,
         "aggregator's core": max(width, layout.fan_in) * costs.aggregator,
         "SuperLink": top * costs.region,
     }
     return asdict(layout) | {
         "cores": None,
         "bytes_in": bytes_in,
-        "bytes_out": bytes_out,
+        "bytes_out": bytes_in + over_link,
         "busy_s": {name: round(seconds, 3) for name, seconds in busy.items()},
         "wall": max(busy, key=lambda name: busy[name]),
         "bridges": top,
@@ -304,34 +308,25 @@ WIDEST = (
 )
 
 
-def measure(console: Console) -> Row:
-    """All that takes time and needs no fit."""
+def measure(report: Mapping[str, Any], console: Console) -> Row:
+    """The fit, and all that takes time: about three minutes."""
+    scaling = fit(report)
     console.print("the rules alone ...")
-    core = [core_costs(clients) for clients in CORE_CLIENTS]
-    console.print("what an update costs each process ...")
-    return {"core": core, "costs": measured_costs()}
-
-
-def extend(report: Mapping[str, Any], measured: Row, console: Console) -> Row:
-    """Fit the measured rounds, and simulate the same and wider fogs."""
-    fitted = fit(report)
-    here = costs_of(fitted, measured["costs"], link=0.0)
-    cores = report["machine"]["cores"]
-    for row in fitted["residuals"]:
-        if row["parameters"] == PARAMETERS:
-            seen = simulate(Layout(row["clients"], row["regions"], cores=cores), here)
-            row |= {"simulated_s": seen["seconds"], "simulated_copies": seen["copies"]}
-    apart = costs_of(fitted, measured["costs"], link=LINK)
-    wide = []
+    scaling["core"] = [core_costs(clients) for clients in CORE_CLIENTS]
+    console.print("a message at the broker ...")
+    scaling |= broker_costs()
+    here, cores = costs_of(scaling, link=0.0), report["machine"]["cores"]
+    for row in scaling["residuals"][: len(report["round_overhead"])]:
+        seen = simulate(Layout(row["clients"], row["regions"], cores=cores), here)
+        row |= {"simulated_s": seen["seconds"], "simulated_copies": seen["copies"]}
+    apart = costs_of(scaling, link=LINK)
+    scaling["simulated"] = []
     for layout in WIDE:
         console.print(f"simulating {layout} ...")
-        wide.append(simulate(layout, apart))
-    return measured | {
-        "fit": fitted,
-        "simulated": wide,
-        "predicted": [walls(layout, apart) for layout in (*WIDE, *WIDEST)],
-        "largest_region": {str(length): largest_region(length) for length in (12, 31)},
-    }
+        scaling["simulated"].append(simulate(layout, apart))
+    scaling["predicted"] = [walls(layout, apart) for layout in (*WIDE, *WIDEST)]
+    scaling["largest_region"] = {str(length): largest_region(length) for length in (12, 31)}
+    return scaling
 
 
 # What is shown
@@ -352,11 +347,10 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         colour = f"C{index}"
         x, y = [r["clients"] for r in mine], [r["median_s"] for r in mine]
         axes.plot(x, y, "o", color=colour, label=f"measured, {regions} region(s)")
-        line = np.geomspace(max(1, min(x)), max(x), 50)
-        axes.plot(
-            line, [fitted_seconds(scaling["fit"], c, regions) for c in line], color=colour, lw=1
-        )
-    here = [row for row in scaling["fit"]["residuals"] if "simulated_s" in row]
+        line = np.geomspace(min(x), max(x), 50)
+        ends = [{"clients": c, "regions": regions, "parameters": PARAMETERS} for c in line]
+        axes.plot(line, [seconds_of(scaling, end) for end in ends], color=colour, lw=1)
+    here = [row for row in scaling["residuals"] if "simulated_s" in row]
     x, y = [r["clients"] for r in here], [r["simulated_s"] for r in here]
     axes.plot(x, y, "k+", label="simulated, same")
     for marker, label, chosen in (
@@ -387,7 +381,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def blocks(report: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the page, by name."""
     scaling = report["scaling"]
-    fitted, costs = scaling["fit"], scaling["costs"]
     machine = report["machine"]
 
     def place(row: Row) -> list[object]:
@@ -397,11 +390,12 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
     units = {"base": "per round", "client": "per client", "region": "per region"}
     units["megabyte"] = "per megabyte moved"
     parts = [
-        [units[name], f"{1e3 * fitted[f'{name}_s']:.3g} ms"]
+        [units[name], f"{1e3 * scaling[f'{name}_s']:.3g} ms"]
         for name in NAMES
-        if f"{name}_s" in fitted
+        if f"{name}_s" in scaling
     ]
     busy = list(scaling["predicted"][0]["busy_s"])
+    sizes = Sizes.of(PARAMETERS)
     return {
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"loopback, {machine['date']}.",
@@ -417,27 +411,22 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                     f"{100 * r['error']:+.0f} %",
                     r.get("simulated_s", ""),
                 ]
-                for r in fitted["residuals"]
+                for r in scaling["residuals"]
             ],
         ),
+        "plot": "![Rounds as measured, fitted and simulated](../bench/results/scaling.png)",
         "fit": markdown(["part", "cost"], parts)
-        + f"\n\nMedian error {100 * fitted['median_error']:.0f} %, largest "
-        f"{100 * fitted['largest_error']:.0f} %, {len(fitted['residuals'])} rows.",
+        + f"\n\nMedian error {100 * scaling['median_error']:.0f} %, largest "
+        f"{100 * scaling['largest_error']:.0f} %, {len(scaling['residuals'])} rows.",
         "costs": markdown(
-            ["process", "CPU"],
+            ["process", "a round", "per client", "per region"],
             [
-                ["broker, a message in or out", f"{1e6 * costs['broker_message']:.0f} µs"],
-                ["broker, a megabyte in or out", f"{1e6 * costs['broker_mb']:.0f} µs"],
-                *(
-                    [f"{kind}, one more client", f"{1e6 * seconds:.0f} µs"]
-                    for kind, seconds in costs["per_client"].items()
-                ),
-                *(
-                    [f"{kind}, a round of one region", f"{1e3 * seconds:.0f} ms"]
-                    for kind, seconds in costs["per_region"].items()
-                ),
+                [kind, *(f"{1e3 * costs[f'{name}_s']:.2f} ms" for name in NAMES[:3])]
+                for kind, costs in scaling["cpu"].items()
             ],
-        ),
+        )
+        + f"\n\nThe broker alone: {1e6 * scaling['broker_message_s']:.0f} µs a message in or out, "
+        f"and {1e6 * scaling['broker_mb_s']:.0f} µs a megabyte.",
         "core": markdown(
             ["clients", *STEPS, "memory"],
             [
@@ -479,9 +468,20 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                 for r in scaling["predicted"]
             ],
         ),
-        "members": markdown(
-            ["length of a client's name", "clients in a region at most"],
-            [[length, f"{most:,}"] for length, most in scaling["largest_region"].items()],
+        "limits": markdown(
+            ["limit", ""],
+            [
+                *(
+                    [f"clients in a region, names of {length} characters", f"{most:,}"]
+                    for length, most in scaling["largest_region"].items()
+                ),
+                [
+                    "clients in a region whose receipt of a close is as large as an update",
+                    f"{sizes.update // sizes.member:,}",
+                ],
+                ["first repeat of an update without an answer", f"{RESEND_SECONDS[0]:.0f} s"],
+                ["longest time between repeats", f"{RESEND_SECONDS[1]:.0f} s"],
+            ],
         ),
     }
 
@@ -509,10 +509,10 @@ def main() -> int:
     latest = RESULTS / "latest.json"
     report = json.loads(latest.read_text())
     if "--fit" not in sys.argv:
-        report["scaling"] = extend(report, measure(console), console)
+        report["scaling"] = measure(report, console)
         latest.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(*KEYS)
-    for row in report["scaling"]["fit"]["residuals"]:
+    for row in report["scaling"]["residuals"]:
         table.add_row(*(str(row[key]) for key in KEYS))
     console.print(table)
     for name, text in blocks(report).items():

@@ -189,27 +189,44 @@ class Process:
             self.machine.wake(self)
 
 
-@dataclass
 class Broker:
-    """A broker of one thread, and its link."""
+    """A broker of one thread and its link, which carries as much in as out. Aggregators, bridges
+    and server are on the broker's side of the link."""
 
-    process: Process
-    costs: Costs
-    bytes_in: int = 0
-    bytes_out: int = 0
+    def __init__(self, fog: "Fog") -> None:
+        self.process = Process(fog.machine)
+        self.bytes_in = self.bytes_out = 0
+        self._costs = fog.costs
+        self._inward, self._outward = Process(fog.machine), Process(fog.machine)
 
-    def send(self, size: int, then: Then, copies_in: int = 1) -> None:
-        """Take a message of `size` bytes from its sender, and hand it to one receiver."""
-        self.bytes_in += size * copies_in
+    def take(self, size: int, then: Then) -> None:
+        """Take a message of `size` bytes over the link, and hand it on behind it."""
+        self.bytes_in += size
         self.bytes_out += size
-        costs, megabytes = self.costs, size / 1e6
-        seconds = (1 + copies_in) * (costs.broker_message + costs.broker_mb * megabytes)
-        self.process.do(max(seconds, costs.link_mb * megabytes), then)
+        work = partial(self.process.do, self._seconds(size, 2), then)
+        self._carry(self._inward, size, work)
 
-    def fan_out(self, size: int, everybody: Iterable[Then]) -> None:
-        """Take a message once, and hand it to everybody."""
-        for number, then in enumerate(everybody):
-            self.send(size, then, copies_in=int(number == 0))
+    def hand_out(self, size: int, everybody: Iterable[Then]) -> None:
+        """Take a message from behind the link, and hand it to everybody over the link."""
+        self.bytes_in += size
+        self.process.do(self._seconds(size, 1), _nothing)
+        for then in everybody:
+            self.bytes_out += size
+            carry = partial(self._carry, self._outward, size, then)
+            self.process.do(self._seconds(size, 1), carry)
+
+    def _seconds(self, size: int, times: int) -> float:
+        return times * (self._costs.broker_message + self._costs.broker_mb * size / 1e6)
+
+    def _carry(self, direction: Process, size: int, then: Then) -> None:
+        if seconds := self._costs.link_mb * size / 1e6:
+            direction.do(seconds, then)
+        else:
+            then()
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -323,7 +340,7 @@ class Region(Timed):
         """Send it a message of `size` bytes over its broker."""
         seconds = self.fog.costs.aggregator * isinstance(event, rounds.UpdateArrived)
         do = partial(self.process.do, seconds, partial(self.handle, event))
-        self.broker.send(size, do)
+        self.broker.take(size, do)
 
     def model(self, event: rounds.ModelArrived) -> None:
         if self.parent:
@@ -333,7 +350,7 @@ class Region(Timed):
     def _tell(self, said: edge.Event, size: int, names: Iterable[str] | None = None) -> None:
         """Publish to all below it, or to one of them."""
         chosen = self._below.values() if names is None else (self._below[n] for n in names)
-        self.broker.fan_out(size, [partial(handle, said) for handle in chosen])
+        self.broker.hand_out(size, [partial(handle, said) for handle in chosen])
 
     @cached_property
     def _below(self) -> dict[str, Callable[[edge.Event], None]]:
@@ -377,7 +394,7 @@ class Region(Timed):
             self._climb(edge.Trained(*key))
             return
         arrived = partial(self.matcher.on_partial, key, self.mean.tobytes())
-        self.broker.send(self._partial_size, lambda: self._carry_out(arrived()))
+        self.broker.take(self._partial_size, lambda: self._carry_out(arrived()))
 
     @property
     def _partial_size(self) -> int:
@@ -440,7 +457,7 @@ class Fog:
         self.round = 0
         self.rounds: list[Round] = []
         self._server, self._superlink = Process(self.machine), Process(self.machine)
-        self.brokers = [self._broker()]
+        self.brokers = [Broker(self)]
         self.regions = [self._region(f"region_{i}", []) for i in range(layout.regions)]
         self.all_regions, self.top = list(self.regions), self.regions
         for tier in range(2, layout.tiers):
@@ -463,12 +480,9 @@ class Fog:
             self.clock.step()
         return self.rounds
 
-    def _broker(self) -> Broker:
-        return Broker(Process(self.machine), self.costs)
-
     def _region(self, name: str, below: list[Region]) -> Region:
         if self.layout.broker_per_region:
-            self.brokers.append(self._broker())
+            self.brokers.append(Broker(self))
         return Region(self, name, self.brokers[-1], below)
 
     def _publish(self) -> None:
@@ -478,17 +492,21 @@ class Fog:
             process.busy = 0.0
         for broker in self.brokers:
             broker.bytes_in = broker.bytes_out = 0
-        for _ in self.brokers[1:]:  # each takes the model from the first one
-            self.brokers[0].send(self.sizes.update, lambda: None)
+        # Each of the others takes the model from the first one.
+        receivers: dict[Broker, list[Then]] = {broker: [] for broker in self.brokers}
         next_round = self.round + 1
         for region in self.all_regions:
             arrived = rounds.ModelArrived(
                 RUN, 1, next_round, digest(self.round), len(self.model), slots=region.rules.slots
             )
             news = edge.ModelArrived(RUN, 1, next_round)
-            receivers = [partial(region.model, arrived)]
-            receivers += [partial(client.handle, news) for client in region.clients]
-            region.broker.fan_out(self.sizes.update, receivers)
+            receivers[region.broker].append(partial(region.model, arrived))
+            receivers[region.broker] += [partial(c.handle, news) for c in region.clients]
+        first, *others = self.brokers
+        receivers[first] += [
+            partial(broker.hand_out, self.sizes.update, receivers[broker]) for broker in others
+        ]
+        first.hand_out(self.sizes.update, receivers[first])
         for region in self.top:
             pushed = partial(region.message, RUN, next_round)
             self._superlink.do(PUSH * self.costs.region, pushed)
