@@ -504,7 +504,8 @@ class RegionRounds:
                 return [Log("info", "child_region_away", {"child": event.client})]
             self._awaited.discard(event.client)
             self._departed.add(event.client)
-            fields = {"client": event.client, "round": self.round, "missing": self.missing}
+            missing = len(self._awaited)  # names, in order, would cost all deaths together a square
+            fields = {"client": event.client, "round": self.round, "missing": missing}
             return [Log("info", "client_left_cohort", fields), *self._close_if_due(now)]
         if event.client not in self.present:
             self._newest_arrival = now
