@@ -189,12 +189,16 @@ class FlowerTier:
     # Threads
 
     def _submit(self, ticket: int, config: dict[str, str | int], replaces: int | None) -> None:
-        # Imported here, in parallel with the SuperLink's start: it costs 0.7 s of a core.
-        from fedfog.flower import fleet
-
         try:
             if not self._healthy():
                 return
+        except OSError as error:
+            self._put(SubmitFailed(ticket, str(error)))
+            return
+        # Not before: it would hold up the import of PyTorch, and with it model 0, for 0.5 s.
+        from fedfog.flower import fleet
+
+        try:
             if replaces is not None:
                 self._stop(replaces)
             with as_file(files("fedfog.flower") / "app") as folder:
