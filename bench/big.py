@@ -41,9 +41,11 @@ class Measured:
     """One run. Bytes; `hwm` and `pss` of the largest process of each service."""
 
     parameters: int
+    clients: int
+    regions: int
     model_bytes: int
     start_s: float  # from nothing to model 1
-    round_s: float  # median
+    median_s: float  # of a round
     rounds_s: list[float]
     hwm: dict[str, int]
     pss: dict[str, int]
@@ -125,6 +127,8 @@ def run(parameters: int, clients: int = CLIENTS, rounds: int = ROUNDS) -> Measur
     gaps = [later - earlier for earlier, later in pairwise(published[1:])]
     return Measured(
         parameters,
+        clients,
+        1,
         4 * parameters,
         round(published[1] - began, 3),
         round(statistics.median(gaps), 4),
@@ -164,7 +168,7 @@ def table(rows: list[Measured]) -> Table:
             f"{row.parameters:,}",
             f"{row.model_bytes / 1e6:.1f}",
             f"{row.start_s:.1f}",
-            f"{row.round_s:.2f}",
+            f"{row.median_s:.2f}",
             *cells,
         )
     return shown

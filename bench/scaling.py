@@ -3,8 +3,8 @@
 Measures what the rules alone cost for up to 10^5 clients, and what broker, aggregator and client
 cost per update; fits a model to the rounds that `make bench` measured; simulates wider fogs with
 the real rules (`bench.simulation`). All goes under `scaling` into `bench/results/latest.json`, and
-into a plot. `--write` also writes the figures into `docs/scaling.md`; `--fit` takes what an earlier
-call measured and simulated, and only fits, plots and writes anew.
+into a plot. `--write` also writes the figures into `docs/scaling.md`; `--only-show` takes what an
+earlier call found.
 """
 
 import gc
@@ -511,7 +511,7 @@ def main() -> int:
     console = Console(width=140)
     latest = RESULTS / "latest.json"
     report = json.loads(latest.read_text())
-    if "--fit" not in sys.argv:
+    if "--only-show" not in sys.argv:
         report["scaling"] = measure(report, console)
         latest.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(*KEYS)
