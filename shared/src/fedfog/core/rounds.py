@@ -353,7 +353,8 @@ class RegionRounds:
             return actions + self._open(children | self.present.keys(), now)
         self.phase = Phase.FORMING
         self.deadline = now + self.policy.limit
-        return [*actions, PublishStatus(), *self._form(now)]
+        # A round that opens at once publishes its status itself.
+        return actions + (self._form(now) or [PublishStatus()])
 
     def _enough_to_form(self) -> bool:
         return len(self.present) >= max(1, self.policy.minimum)
