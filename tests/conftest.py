@@ -64,6 +64,10 @@ class Peer:
         """Publish with QoS 1 and wait until the broker has it."""
         self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(10)
 
+    def publish_unconfirmed(self, topic: str, payload: bytes) -> None:
+        """Publish with QoS 1 and do not wait."""
+        self._client.publish(topic, payload, qos=1)
+
     def wait_for(
         self, wanted: Callable[[str, bytes], bool], timeout: float = 20.0, after: int = 0
     ) -> bytes:

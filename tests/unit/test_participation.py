@@ -124,3 +124,20 @@ def test_finished_model_tells_whether_the_client_took_part() -> None:
     client = trained_client()
     client.handle(VerdictArrived("run", 1, "accepted", 5), 1)
     assert client.handle(ModelArrived("run", 1, 2, finished=True), 2) == [RunFinished("run", True)]
+
+
+def test_update_is_not_repeated_while_it_is_on_its_way_to_the_broker() -> None:
+    """Nor right after it got there: what took a minute to the broker takes its time from there."""
+    client = Participation(random.Random(1), own_data=True)
+    client.handle(ModelArrived("run", 1, 1), 0)
+    assert client.handle(Trained("run", 1), 0) == [Send("run", 1, 1, "trained")]
+    sent = 0
+    while (due := client.wake_at() or 0.0) < 60:
+        assert client.handle(Tick(sending=True), due) == []
+        sent += 1
+    assert 0 < sent < 8
+    assert client.handle(Tick(sending=False), due) == []
+    again = client.wake_at()
+    assert again is not None
+    assert again >= due + 60
+    assert client.handle(Tick(sending=False), again) == [Send("run", 1, 2, "no answer")]

@@ -9,9 +9,9 @@ import structlog
 log = structlog.get_logger()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a reader, or a start after a power loss, finds either the
-    old or the new content whole.
+def write_atomically(path: Path, *data: bytes) -> None:
+    """Replace `path` by `data`, one after the other, so that a reader, or a start after a power
+    loss, finds either the old or the new content whole.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; it names `path`.
@@ -19,7 +19,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

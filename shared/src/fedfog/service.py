@@ -90,9 +90,17 @@ def allow_open_files(connections: int, setting: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
 PR_SET_PDEATHSIG = 1
 # Loaded here: after a fork is not the time to load anything.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def give_memory_back() -> None:
+    """Have freed blocks of a megabyte and more go back to the system at once. Otherwise glibc
+    learns to keep those of up to 32 MB, and a large message would cost its size twice."""
+    if mallopt := getattr(_libc, "mallopt", None):  # not with musl
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def die_with(parent: int) -> None:

@@ -122,7 +122,8 @@ class Client:
         return self._core.wake_at()
 
     def tick(self, now: float) -> None:
-        self._apply(core.Tick(), now)
+        topic = self._topics.update(self._region, self.id)
+        self._apply(core.Tick(self.session.sending(topic)), now)
 
     def handle(self, event: Any, now: float) -> None:
         """Act on an event of the session or of the trainer at time `now` (seconds, monotonic).

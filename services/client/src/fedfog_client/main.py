@@ -68,6 +68,7 @@ class Process:
                 if isinstance(event, service.StopRequested):
                     break
                 self._handle(session, event, now)
+                del item, event  # a large one makes room for the next
             self._tick(now)
         for client in self._clients.values():
             client.stop()

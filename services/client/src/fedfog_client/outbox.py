@@ -60,7 +60,7 @@ class Outbox:
         would be lost with this process, but nobody has accepted it yet."""
         self._kept, self._written = payload, False
         try:
-            write_atomically(self.path, sha256(payload).digest() + payload)
+            write_atomically(self.path, sha256(payload).digest(), payload)
             self._written = True
         except OSError as error:
             log.error("outbox_not_written", error=str(error), setting="STATE_DIR")

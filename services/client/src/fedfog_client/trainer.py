@@ -90,21 +90,19 @@ class Trainer(threading.Thread):
                 if not self._is_wanted(job):
                     continue
                 try:
-                    trained = self._train(task, job)
+                    self._train(task, job)
                 except DataError:
                     raise  # it is the same for all clients
                 except Exception as error:  # noqa: BLE001 (it ends the client, in the main thread)
                     self._report(TrainingFailed(error, job.client))
-                else:
-                    if trained is not None:
-                        self._report(trained)
+                del job  # and with it the model that was trained from
         except Exception as error:  # noqa: BLE001 (it ends the service, in the main thread)
             self._report(TrainingFailed(error))
 
     def _is_wanted(self, job: Job) -> bool:
         return self._wanted.get(job.client) is job
 
-    def _train(self, task: Any, job: Job) -> Trained | None:
+    def _train(self, task: Any, job: Job) -> None:
         from fedfog.ml import training
         from fedfog.ml.evaluation import evaluate
 
@@ -135,20 +133,23 @@ class Trainer(threading.Thread):
         )
         if result is None:
             said.info("training_cancelled", round=job.round)
-            return None
+            return
         arrays = training.state_arrays(model)
+        del model  # of a large one, no more copies than needed
         table = TensorTable.of(arrays)
-        return Trained(
-            job,
-            table,
-            table.flatten(arrays),
-            result.num_examples,
-            ClientMetrics(
-                train_loss=result.loss,
-                validation_loss=received.loss if received else None,
-                validation_accuracy=received.accuracy if received else None,
-            ),
-            time.monotonic() - began,
+        self._report(
+            Trained(
+                job,
+                table,
+                table.flatten(arrays),
+                result.num_examples,
+                ClientMetrics(
+                    train_loss=result.loss,
+                    validation_loss=received.loss if received else None,
+                    validation_accuracy=received.accuracy if received else None,
+                ),
+                time.monotonic() - began,
+            )
         )
 
     def _examples(self, task: Any, job: Job, seed: int) -> tuple[Any, Any]:

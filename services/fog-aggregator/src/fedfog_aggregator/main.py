@@ -120,7 +120,8 @@ class Aggregator:
             del event  # a large update makes room for the next one
             if due is not None and now >= due and self._exit is None:
                 self._apply(rounds.Tick(), now)
-                self._upwards(participation.Tick(), now)
+                sending = self._parent is not None and self.session.sending(self._parent.partial)
+                self._upwards(participation.Tick(sending), now)
             self._publish_progress(now)
         self.session.publish(
             self._topics.status(self._region),
@@ -432,6 +433,7 @@ class Aggregator:
 
 def main() -> None:
     settings = load(AggregatorSettings)
+    service.give_memory_back()
 
     def body() -> int:
         try:

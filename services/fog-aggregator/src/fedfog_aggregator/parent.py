@@ -33,7 +33,7 @@ class Parent:
         self._all_receipts = topics.receipts(parent)
         self.topics = (self._status, self._all_receipts, topics.receipts(parent, region))
         self._presence = topics.presence(parent, region)
-        self._partial = topics.partial_to(parent, region)
+        self.partial = topics.partial_to(parent, region)
         self.death = (self._presence, self._announcement(online=False))
 
     def wake_at(self) -> float | None:
@@ -88,7 +88,7 @@ class Parent:
     ) -> None:
         began = time.monotonic()
         payload = self._store.committed(run, round_)
-        if publish(self._partial, payload, False):
+        if publish(self.partial, payload, False):
             log.info(
                 Step.PUBLISH_PARTIAL,
                 partial=f"{run}/{round_}/{self._region}",

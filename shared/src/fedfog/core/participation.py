@@ -78,7 +78,9 @@ class AggregatorSeen:
 
 @dataclass(frozen=True)
 class Tick:
-    pass
+    """`sending`: what was sent last is still on its way to the broker."""
+
+    sending: bool = False
 
 
 Event = Connected | ModelArrived | SlotDealt | Trained | VerdictArrived | AggregatorSeen | Tick
@@ -168,6 +170,8 @@ class Participation:
     _aggregator: int | None = None
     _attempt: int = 0
     _due: float | None = None
+    _sent_at: float = 0.0
+    _was_sending: bool = False
     _backoff: Backoff = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,6 +261,7 @@ class Participation:
         assert self.run is not None
         self.duty, self._held_by = Duty.SENDING, None
         self._attempt += 1
+        self._sent_at, self._was_sending = now, False
         self._due = now + self._backoff.next()
         return [Send(self.run, self.round, self._attempt, why)]
 
@@ -283,13 +288,19 @@ class Participation:
         self._backoff.reset()
         return self._send("new boot of the aggregator", now)
 
-    def _tick(self, _event: Tick, now: float) -> list[Action]:
+    def _tick(self, event: Tick, now: float) -> list[Action]:
         if self._due is None or now < self._due:
             return []
         if self.duty is Duty.NEEDS_SLOT:
             self._due = now + self._backoff.next()
             return [Announce()]
         if self.duty is Duty.SENDING:
+            if event.sending or self._was_sending:
+                # A repeat would only be in the way of the first. What took long to the broker may
+                # take as long from there.
+                self._was_sending = event.sending
+                self._due = 2 * now - self._sent_at
+                return []
             return self._send("no answer", now)
         self._due = None
         return []

@@ -300,8 +300,10 @@ class _Exchange:
             if isinstance(event, BridgeSeen):
                 self._push_again(event.region)
             elif isinstance(event, BellRung):
-                if self._is_open(event.bell.message_id):
-                    self._take(self._grid.pull_messages([event.bell.message_id]))
+                # Who looks for it already will bring it: to be pulled once more, it is gone.
+                message_id = event.bell.message_id
+                if self._is_open(message_id) and message_id not in self._looking:
+                    self._take(self._grid.pull_messages([message_id]))
                     seconds["reply"] = came - pushed
                     seconds["pull"] += time.monotonic() - came
             elif isinstance(event, Looked):

@@ -32,7 +32,7 @@ def run_and_round(message: Message) -> tuple[str, int]:
 
 def pack(region: str, partial: bytes) -> RecordDict:
     """Content of the reply of `region`."""
-    return RecordDict({_RECORD: ConfigRecord({_REGION: region, _PARTIAL: partial})})
+    return RecordDict({_RECORD: ConfigRecord({_REGION: region, _PARTIAL: bytes(partial)})})
 
 
 def unpack(reply: Message) -> tuple[str, bytes]:

@@ -6,20 +6,24 @@ wait in memory and the broker keeps the rest. A PUBACK is never taken for an ans
 
 Nothing is queued while there is no connection: the owner of a message publishes it again when it
 sees `Connected`. So a broker that comes back empty, or with old retained messages, is repaired.
+
+A large message is in memory once when it is received, and once beside its owner's copy when it is
+sent (`_Client`). While the worker is busy with large ones, no more is read from the socket.
 """
 
 import queue
 import random
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import paho.mqtt.client as mqtt
 import structlog
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -30,6 +34,18 @@ KEEPALIVE_SECONDS = 15
 RECEIVE_MAXIMUM = 100
 RECONNECT_SECONDS = (0.1, 0.3), (2.0, 3.0)
 CONTESTED_DROPS, CONTESTED_SECONDS = 10, 10.0
+
+# A message from this size on is treated with care for memory.
+LARGE_BYTES = 1 << 20
+# Large messages that may wait for the worker; a single one may be larger.
+WAITING_BYTES = 32 << 20
+ROOM_SECONDS = 0.05
+READ_BYTES = 1 << 18
+# More than all of a message that comes before its payload.
+HEAD_BYTES = 1 << 17
+# Largest packet that MQTT has a length for.
+MQTT_LIMIT = 268_435_455
+SAY_EVERY = 5.0
 
 
 class TransportError(Exception):
@@ -48,6 +64,8 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class Received:
+    """A message; the payload of a large one is a bytearray, which nobody may change."""
+
     topic: str
     payload: bytes
 
@@ -66,6 +84,101 @@ def reconnect_delays() -> tuple[float, float]:
     Random ends keep a fleet from coming back at once."""
     first, longest = (random.uniform(*seconds) for seconds in RECONNECT_SECONDS)
     return first, longest
+
+
+class _Client(mqtt.Client):
+    """paho's client, which copies a message three times when it receives it and once more with
+    every call of `send`; which takes an upload that lasts longer than two keep-alives for a dead
+    connection; and which, after a reconnect, sends a message that its owner sends again, too.
+
+    Args:
+        has_room: asked, and may wait for a moment, before so many bytes more are read.
+    """
+
+    def __init__(self, client_id: str, has_room: Callable[[int], bool]) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
+        )
+        self._has_room = has_room
+        self._whole: bytearray | None = None
+        self._receiving, self._sending = _Transfer("receiving"), _Transfer("sending")
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if bufsize >= LARGE_BYTES:
+            if not self._has_room(bufsize):
+                raise BlockingIOError  # keep-alives go on meanwhile
+            if bufsize == self._in_packet["remaining_length"]:
+                self._in_packet["packet"] = cast(bytearray, _Buffer(bufsize))
+            self._receiving.tell(bufsize)
+        return super()._sock_recv(min(bufsize, READ_BYTES))
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        """Of a large message, paho reads the head; the rest stays where it is."""
+        packet: Any = self._in_packet["packet"]
+        if isinstance(packet, _Buffer):
+            self._whole, self._in_packet["packet"] = packet.data, packet.data[:HEAD_BYTES]
+        return super()._handle_publish()
+
+    def _handle_on_message(self, message: mqtt.MQTTMessage) -> None:
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            head = HEAD_BYTES - len(message.payload)
+            with memoryview(whole) as view:  # to the start, where the tensors are aligned
+                view[: len(whole) - head] = view[head:]
+            del whole[len(whole) - head :]
+            message.payload = whole
+        super()._handle_on_message(message)
+
+    def _packet_queue(self, command: int, packet: Any, *rest: Any) -> MQTTErrorCode:
+        # Of a memoryview, the part that is left to send is no copy.
+        return super()._packet_queue(command, cast(bytes, memoryview(packet)), *rest)
+
+    def _sock_send(self, buf: Any) -> int:
+        sent = super()._sock_send(buf)
+        if sent < len(buf):  # the system's buffer is full, so the peer has taken what was before
+            with self._msgtime_mutex:
+                self._last_msg_out = self._last_bytes_received = time.monotonic()
+            if len(buf) >= LARGE_BYTES:
+                self._sending.tell(len(buf))
+        return sent
+
+    def _messages_reconnect_reset_out(self) -> None:
+        with self._out_message_mutex:
+            for mid, message in list(self._out_messages.items()):
+                if len(message.payload) >= LARGE_BYTES:
+                    del self._out_messages[mid]
+                    message.info._set_as_published()
+        super()._messages_reconnect_reset_out()
+
+
+class _Buffer:
+    """What paho adds a large packet's parts to. A bytearray that grows would be moved by the
+    allocator, and be there twice."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+        self._end = 0
+
+    def __iadd__(self, part: bytes) -> "_Buffer":
+        self.data[self._end : self._end + len(part)] = part
+        self._end += len(part)
+        return self
+
+
+class _Transfer:
+    """Says how far a message is that takes seconds."""
+
+    def __init__(self, direction: str) -> None:
+        self._direction, self._left, self._say_at = direction, 0, 0.0
+
+    def tell(self, left: int) -> None:
+        now = time.monotonic()
+        if left > self._left:  # another message
+            self._say_at = now + SAY_EVERY
+        elif now >= self._say_at:
+            log.info(f"mqtt_{self._direction}", megabytes_left=round(left / 1e6, 1))
+            self._say_at = now + SAY_EVERY
+        self._left = left
 
 
 class Session:
@@ -94,14 +207,15 @@ class Session:
         self._timeout = timeout
         self._offline_since: float | None = time.monotonic()
         self._generation = 0
-        self._unacknowledged: _Delivery | None = None
-        self._packet_limit: int | None = None
+        self._unacknowledged: tuple[int, int, int] | None = None
+        self._packet_limit = MQTT_LIMIT
         self._drops: deque[float] = deque(maxlen=CONTESTED_DROPS)
-        self._sent: deque[mqtt.MQTTMessageInfo] = deque()
+        self._sent: deque[tuple[str, mqtt.MQTTMessageInfo]] = deque()
         self._topics: dict[int, str] = {}
-        self._client = client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
-        )
+        self._room = threading.Condition()
+        self._waiting = 0  # bytes of large messages that are not acknowledged
+        self._stopping = False
+        self._client = client = _Client(client_id, self._has_room)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
         client.reconnect_delay_set(*reconnect_delays())  # type: ignore[arg-type]
         if will:
@@ -150,7 +264,7 @@ class Session:
     def take(self, event: Any) -> Any:
         """What the owner sees of an event out of `events`; `acknowledge` is due after it."""
         if isinstance(event, _Delivery):
-            self._unacknowledged = event
+            self._unacknowledged = event.mid, event.generation, len(event.message.payload)
             return event.message
         return event
 
@@ -161,10 +275,13 @@ class Session:
             TransportError: the payload is larger than the broker takes.
         """
         limit = self._packet_limit
-        if limit is not None and len(payload) + len(topic) + 32 > limit:
+        if len(payload) + len(topic) + 32 > limit:
+            remedy = "raise max_packet_size in its mosquitto.conf"
+            if limit == MQTT_LIMIT:
+                remedy = "that is as much as MQTT can, so the model has to be smaller"
             raise TransportError(
                 f"a message of {len(payload)} bytes for {topic} is more than the broker at "
-                f"{self._host}:{self._port} takes ({limit}): raise its max_packet_size"
+                f"{self._host}:{self._port} takes ({limit}): {remedy}"
             )
         if not self.connected:
             return False
@@ -173,23 +290,29 @@ class Session:
         if info.rc != mqtt.MQTT_ERR_SUCCESS:  # the connection broke just now
             return False
         self._topics[info.mid] = topic
-        self._sent.append(info)
-        while self._sent and self._sent[0].is_published():
+        self._sent.append((topic, info))
+        while self._sent and self._sent[0][1].is_published():
             self._sent.popleft()
         return True
+
+    def sending(self, topic: str) -> bool:
+        """The broker does not have all yet of what was published there."""
+        return any(name == topic and not info.is_published() for name, info in self._sent)
 
     def flush(self, timeout: float) -> bool:
         """Wait until the broker has all that was published; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._sent:
-            self._sent[0].wait_for_publish(max(0.0, deadline - time.monotonic()))
-            if not self._sent[0].is_published():
+            info = self._sent[0][1]
+            info.wait_for_publish(max(0.0, deadline - time.monotonic()))
+            if not info.is_published():
                 return False
             self._sent.popleft()
         return True
 
     def stop(self, timeout: float = 2.0) -> None:
         """Flush, disconnect (the will is not published) and end the network thread."""
+        self._stopping = True
         self.acknowledge()
         if self.connected and not self.flush(timeout):
             log.warning("mqtt_not_flushed", messages=len(self._sent))
@@ -198,10 +321,14 @@ class Session:
 
     def acknowledge(self) -> None:
         """Acknowledge the message that was taken last."""
-        delivery, self._unacknowledged = self._unacknowledged, None
+        taken, self._unacknowledged = self._unacknowledged, None
+        if taken is None:
+            return
+        mid, generation, size = taken
         # A mid of an earlier connection would acknowledge another message of the present one.
-        if delivery and delivery.mid and delivery.generation == self._generation:
-            self._client.ack(delivery.mid, 1)
+        if mid and generation == self._generation:
+            self._client.ack(mid, 1)
+        self._count(-size)
 
     def check(self) -> None:
         """Raises TransportError as `next` does."""
@@ -228,7 +355,7 @@ class Session:
         if reason.is_failure:
             log.warning("mqtt_refused", broker=f"{self._host}:{self._port}", reason=str(reason))
             return
-        self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+        self._packet_limit = getattr(properties, "MaximumPacketSize", MQTT_LIMIT)
         self._generation += 1
         if self._subscriptions:
             self._client.subscribe([(t, SubscribeOptions(qos=1)) for t in self._subscriptions])
@@ -253,11 +380,31 @@ class Session:
         self._emit(Disconnected(str(reason)))
 
     def _on_message(self, _c: Any, _u: Any, message: mqtt.MQTTMessage) -> None:
+        if self._stopping:
+            return
         received = Received(message.topic, self._payload(message))
+        self._count(len(received.payload))
         self._emit(_Delivery(received, message.mid, self._generation))
 
     def _payload(self, message: mqtt.MQTTMessage) -> bytes:
-        return bytes(message.payload)
+        return cast(bytes, message.payload)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes may be read; waits a little for it."""
+
+        def fits() -> bool:
+            waiting = self._waiting
+            return self._stopping or not waiting or waiting + size <= WAITING_BYTES
+
+        with self._room:
+            return self._room.wait_for(fits, ROOM_SECONDS)
+
+    def _count(self, size: int) -> None:
+        """Note that a message of `size` bytes waits for the worker; negative: no more."""
+        if abs(size) >= LARGE_BYTES:
+            with self._room:
+                self._waiting += size
+                self._room.notify()
 
     def _emit(self, event: Any) -> None:
         self.events.put(event)

@@ -238,7 +238,7 @@ class SharedSession(mqtt.Session):
 
     def stop(self, timeout: float = 0.0) -> None:
         """Disconnect (the will is not published) after what is already on its way."""
-        self.closing = True
+        self.closing = self._stopping = True
         self.acknowledge()
         self.paho.disconnect()
 
