@@ -2,7 +2,10 @@
 
 import random
 
+import pytest
+
 from fedfog.core.participation import (
+    FIRST_PATIENCE,
     AggregatorSeen,
     Announce,
     CancelTraining,
@@ -63,8 +66,23 @@ def test_silence_is_answered_with_repeats_that_slow_down() -> None:
         assert client.handle(Tick(), due) == [Send("run", 1, attempt, "no answer")]
         gaps.append(due - last)
         last = due
-    assert 0.8 <= gaps[0] <= 1.2
+    assert 0.8 * FIRST_PATIENCE <= gaps[0] <= 1.2 * FIRST_PATIENCE
     assert 6.4 <= gaps[-1] <= 9.6
+
+
+@pytest.mark.parametrize(("took", "patience"), [(0.01, 1.0), (10.0, 20.0), (1000.0, 120.0)])
+def test_the_first_repeat_waits_twice_as_long_as_the_last_answer_took(
+    took: float, patience: float
+) -> None:
+    """A slow way or a long queue is no reason to send a model once more into it."""
+    client = trained_client()
+    client.handle(VerdictArrived("run", 1, "received", 5), 1.0 + took)
+    began = 5000.0
+    client.handle(ModelArrived("run", 1, 2), began)
+    client.handle(Trained("run", 2), began)
+    due = client.wake_at()
+    assert due is not None
+    assert 0.8 * patience <= due - began <= 1.2 * patience
 
 
 def test_held_update_is_sent_again_to_a_new_boot_and_after_a_reconnect() -> None:

@@ -16,6 +16,9 @@ from enum import StrEnum
 from typing import Any
 
 RESEND_SECONDS = (1.0, 8.0)
+# An update that is not answered yet may still be on a slow way, or in a long queue: it is given
+# twice the time that the last one took, and the first one this long.
+FIRST_PATIENCE, LONGEST_PATIENCE = 4.0, 120.0
 
 
 class Duty(StrEnum):
@@ -139,11 +142,12 @@ class Backoff:
     rng: random.Random
     _delay: float = RESEND_SECONDS[0]
 
-    def reset(self) -> None:
-        self._delay = RESEND_SECONDS[0]
+    def reset(self, first: float = RESEND_SECONDS[0]) -> None:
+        self._delay = first
 
     def next(self) -> float:
-        delay, self._delay = self._delay, min(2 * self._delay, RESEND_SECONDS[1])
+        delay = self._delay
+        self._delay = max(delay, min(2 * delay, RESEND_SECONDS[1]))
         return delay * self.rng.uniform(0.8, 1.2)
 
 
@@ -172,6 +176,8 @@ class Participation:
     _due: float | None = None
     _sent_at: float = 0.0
     _was_sending: bool = False
+    _trained_at: float | None = None
+    _patience: float = FIRST_PATIENCE
     _backoff: Backoff = field(init=False)
 
     def __post_init__(self) -> None:
@@ -253,8 +259,8 @@ class Participation:
         if self.duty is not Duty.TRAINING or (event.run, event.round) != (self.run, self.round):
             return []
         self.duty, self.took_part = Duty.SENDING, True
-        self._attempt = 0
-        self._backoff.reset()
+        self._attempt, self._trained_at = 0, now
+        self._backoff.reset(self._patience)
         return self._send("trained", now)
 
     def _send(self, why: str, now: float) -> list[Action]:
@@ -270,6 +276,10 @@ class Participation:
         if not mine or self.duty not in (Duty.SENDING, Duty.HELD):
             return []
         if event.verdict == "received":
+            if self._trained_at is not None:
+                took = now - self._trained_at
+                self._patience = min(max(2 * took, RESEND_SECONDS[0]), LONGEST_PATIENCE)
+                self._trained_at = None  # what follows is about a repeat
             self.duty, self._held_by, self._due = Duty.HELD, event.boot, None
             self._backoff.reset()
             if self._aggregator is not None and self._aggregator > event.boot:
