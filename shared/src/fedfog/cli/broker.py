@@ -19,7 +19,7 @@ from fedfog.service import ServiceError, spawn
 Kind = Literal["mosquitto", "embedded"]
 
 START_SECONDS = 15.0
-MAX_PACKET_BYTES = 268_435_455
+MAX_PACKET_BYTES = 268_435_455  # all that MQTT has a length for
 PORTS = (20_000, 32_000)
 
 # Started by root, Mosquitto would change to another user, and the kernel would forget that it is
