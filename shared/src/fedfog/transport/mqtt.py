@@ -35,14 +35,12 @@ RECEIVE_MAXIMUM = 100
 RECONNECT_SECONDS = (0.1, 0.3), (2.0, 3.0)
 CONTESTED_DROPS, CONTESTED_SECONDS = 10, 10.0
 
-# A message from this size on is treated with care for memory.
-LARGE_BYTES = 1 << 20
+# A message from this size on is treated with care for memory, and for the time to copy it.
+LARGE_BYTES = 1 << 16
 # Large messages that may wait for the worker; a single one may be larger.
 WAITING_BYTES = 32 << 20
 ROOM_SECONDS = 0.05
 READ_BYTES = 1 << 18
-# More than all of a message that comes before its payload.
-HEAD_BYTES = 1 << 17
 # Largest packet that MQTT has a length for.
 MQTT_LIMIT = 268_435_455
 SAY_EVERY = 5.0
@@ -101,6 +99,7 @@ class _Client(mqtt.Client):
         )
         self._has_room = has_room
         self._whole: bytearray | None = None
+        self._head = 0
         self._receiving, self._sending = _Transfer("receiving"), _Transfer("sending")
 
     def _sock_recv(self, bufsize: int) -> bytes:
@@ -116,16 +115,17 @@ class _Client(mqtt.Client):
         """Of a large message, paho reads the head; the rest stays where it is."""
         packet: Any = self._in_packet["packet"]
         if isinstance(packet, _Buffer):
-            self._whole, self._in_packet["packet"] = packet.data, packet.data[:HEAD_BYTES]
+            self._whole = packet.data
+            self._head = _head_of(packet.data, has_id=self._in_packet["command"] & 0x06 > 0)
+            self._in_packet["packet"] = packet.data[: self._head]
         return super()._handle_publish()
 
     def _handle_on_message(self, message: mqtt.MQTTMessage) -> None:
         whole, self._whole = self._whole, None
         if whole is not None:
-            head = HEAD_BYTES - len(message.payload)
             with memoryview(whole) as view:  # to the start, where the tensors are aligned
-                view[: len(whole) - head] = view[head:]
-            del whole[len(whole) - head :]
+                view[: len(whole) - self._head] = view[self._head :]
+            del whole[len(whole) - self._head :]
             message.payload = whole
         super()._handle_on_message(message)
 
@@ -149,6 +149,17 @@ class _Client(mqtt.Client):
                     del self._out_messages[mid]
                     message.info._set_as_published()
         super()._messages_reconnect_reset_out()
+
+
+def _head_of(packet: bytearray, has_id: bool) -> int:
+    """Bytes before the payload of a PUBLISH (MQTT 5, section 3.3): topic, packet id, properties."""
+    at = 2 + int.from_bytes(packet[:2]) + 2 * has_id
+    size = shift = 0
+    more = True
+    while more and at < len(packet):
+        size |= (packet[at] & 0x7F) << shift
+        more, at, shift = packet[at] > 0x7F, at + 1, shift + 7
+    return at + size
 
 
 class _Buffer:
