@@ -47,8 +47,9 @@ lint: env ## style, types and layers
 bench: env ## FedFog and stock Flower side by side: time of a round, memory, bytes; five minutes
 	@$(VENV)/bin/python -m bench
 
-bench-full: env ## all sizes, all rivals, big models, the fitted model of docs/scaling.md; an hour
+bench-full: env ## all sizes and rivals, big models; writes the figures of docs/scaling.md; half an hour
 	@$(VENV)/bin/python -m bench --full
+	@$(VENV)/bin/python -m bench.scaling --write
 
 docs: env ## write docs/settings.md, docs/messages.md and .env.example anew
 	$(VENV)/bin/python -m fedfog.cli.reference .

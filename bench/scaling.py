@@ -30,7 +30,7 @@ from bench.swarm import Peer, Peers
 from fedfog import logs
 from fedfog.cli.broker import LocalBroker
 from fedfog.core import rounds
-from fedfog.core.participation import RESEND_SECONDS
+from fedfog.core.participation import FIRST_PATIENCE, RESEND_SECONDS
 from fedfog.messages.codec import MAX_HEADER_BYTES, TensorTable, encode
 
 ROOT = Path(__file__).parents[1]
@@ -385,6 +385,13 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
     """The generated parts of the page, by name."""
     scaling = report["scaling"]
     machine = report["machine"]
+    of_fedfog = [
+        {**row, "name": "FedFog", "version": f"in {row['regions']} region(s)"}
+        for row in report["round_overhead"]
+        if (row["clients"], row["regions"]) in ((3, 1), (10, 2), (100, 2), (1000, 1))
+    ]
+    bound = {**report["raw_lower_bound"], "name": "raw lower bound", "version": ""}
+    real = report["rounds_of_real_clients"]
 
     def place(row: Row) -> list[object]:
         brokers = "one per region" if row["broker_per_region"] else "1"
@@ -464,6 +471,31 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                 for r in scaling["simulated"]
             ],
         ),
+        "beside": markdown(
+            ["what", "clients", "median", "95th percentile", "rounds"],
+            [
+                [f"{r['name']} {r['version']}", r["clients"], *_times(r)]
+                for r in (*of_fedfog, bound, *report["rivals"])
+            ],
+        ),
+        "waterfall": markdown(
+            ["step", *(_case(case) for case in real)],
+            [
+                [step, *(f"{case['waterfall'][step]['took_ms']:.0f} ms" for case in real)]
+                for step in real[0]["waterfall"]
+            ],
+        ),
+        "arrows": markdown(
+            ["topic", "messages a round", "bytes a round"],
+            [[name, n, f"{size:,.0f}"] for name, (n, size) in report["wire"]["arrows"].items()],
+        ),
+        "stack": markdown(
+            ["service", "MB"],
+            [
+                *([name, size] for name, size in report["stack_pss_by_program_mb"].items()),
+                ["all", report["stack_pss_mb"]],
+            ],
+        ),
         "predicted": markdown(
             [*PLACE, "bridges", *busy, "first wall"],
             [
@@ -482,11 +514,22 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                     "clients in a region whose receipt of a close is as large as an update",
                     f"{sizes.update // sizes.member:,}",
                 ],
-                ["first repeat of an update without an answer", f"{RESEND_SECONDS[0]:.0f} s"],
+                ["first repeat, before anything was answered", f"{FIRST_PATIENCE:.0f} s"],
+                ["first repeat afterwards, at least", f"{RESEND_SECONDS[0]:.0f} s"],
                 ["longest time between repeats", f"{RESEND_SECONDS[1]:.0f} s"],
             ],
         ),
     }
+
+
+def _times(row: Row) -> list[object]:
+    if row["median_s"] is None:
+        return [row["note"], "", ""]
+    return [f"{row['median_s']:.3f} s", f"{row['p95_s']:.3f} s", row["n"]]
+
+
+def _case(case: Row) -> str:
+    return f"{case['clients']} clients, training {'on' if case['training'] else 'off'}"
 
 
 def write_page(report: Mapping[str, Any], path: Path = PAGE) -> None:
