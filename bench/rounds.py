@@ -130,7 +130,7 @@ def measure(clients: int, regions: int, rounds: int, training: bool) -> Rounds:
         folder = Path(name)
         seen = watch(options(clients, regions, WARM_UP + rounds, folder, training))
         gaps = np.diff(seen.models_at)[WARM_UP:]
-        [logs] = folder.glob("*/logs")
+        [logs] = folder.glob("bench-*/logs")
         steps = waterfall(logs, WARM_UP)
     median, p95 = (round(float(q), 4) for q in np.percentile(gaps, [50, 95]))
     return Rounds(clients, regions, training, median, p95, len(gaps), steps)
