@@ -103,6 +103,7 @@ PROGRAMS = {
     "fedfog_aggregator": "aggregators",
     "fedfog_bridge": "bridges",
     "fedfog.cli.clients": "clients",
+    "bench.swarm": "clients",
     "mosquitto": "broker",
     "fedfog.cli.broker": "broker",
 }

@@ -19,26 +19,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from bench.rounds import IDLE, LIMIT_SECONDS, PROGRAMS, ROOT, WARM_UP
 from fedfog import logs
 from fedfog.cli.federation import SERVER, Ended, Federation, Options
 from fedfog.messages.codec import decode_meta
 from fedfog.messages.schemas import ModelMeta, PartialMeta
 from fedfog.messages.topics import Topics
 from fedfog.transport import mqtt
-
-ROOT = Path(__file__).parents[1]
-WARM_UP = 2
-LIMIT_SECONDS = 300
-KINDS = {
-    "fedfog_central_server": "central-server",
-    "fedfog.flower.superlink": "SuperLink",
-    "flower-superexec": "SuperExec",
-    "flwr-serverapp": "ServerApp",
-    "fedfog_aggregator": "aggregators",
-    "fedfog_bridge": "bridges",
-    "bench.swarm": "clients",
-    "mosquitto": "broker",
-}
 
 
 @dataclass(frozen=True)
@@ -160,7 +147,7 @@ def _federation(clients: int, regions: int, rounds: int) -> Iterator[Federation]
             regions=regions,
             seed=1,
             local_epochs=1,
-            task="bench.idle:Idle",
+            task=IDLE,
             broker=None,
             runs_dir=folder / "runs",
             data_dir=ROOT / "data",
@@ -201,7 +188,7 @@ def _processes() -> Iterator[tuple[str, psutil.Process]]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             command = " ".join(process.cmdline())
-            yield next((KINDS[part] for part in KINDS if part in command), "other"), process
+            yield next((PROGRAMS[part] for part in PROGRAMS if part in command), "other"), process
 
 
 def _cpu() -> Counter[str]:
