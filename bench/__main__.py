@@ -50,6 +50,8 @@ QUICK_REAL = (
     (3, 1, 10, True),
 )  # real clients: clients, regions, rounds, training
 FULL_REAL = (*QUICK_REAL, (10, 2, 20, False), (10, 2, 10, True))
+QUICK_WIRE = ((10, 2, 5),)
+FULL_WIRE = (*QUICK_WIRE, (1000, 1, 3))
 BIG = (1_000, 68_000, 1_000_000, 11_000_000, 25_000_000)
 
 
@@ -72,7 +74,9 @@ def main() -> int:
         overhead(report, FULL if full else QUICK, progress)
         lower_bound(report, progress)
         progress("what passes through the broker")
-        wire(report)
+        report["wire"] = [wire(*case) for case in (FULL_WIRE if full else QUICK_WIRE)]
+        update_bytes = max(case["update_bytes"] for case in report["wire"])
+        report["update_wire_ratio"] = round(update_bytes / (4 * PARAMETERS), 5)
         progress("real clients")
         real = [rounds.measure(*case) for case in (FULL_REAL if full else QUICK_REAL)]
         report["rounds_of_real_clients"] = [asdict(case) for case in real]
@@ -149,10 +153,9 @@ def lower_bound(report: dict[str, Any], progress: Callable[[str], None]) -> None
     report["raw_lower_bound"] = {"clients": clients, **spread(seconds)}
 
 
-def wire(report: dict[str, Any]) -> None:
-    seen = width.count(10, 2, 5)
-    report["wire"] = asdict(seen)
-    report["update_wire_ratio"] = round(seen.update_bytes / (4 * PARAMETERS), 5)
+def wire(clients: int, regions: int, number: int) -> dict[str, Any]:
+    counted = width.count(clients, regions, number)
+    return {"clients": clients, "regions": regions, "rounds": number, **asdict(counted)}
 
 
 def demos(report: dict[str, Any], runs: int, progress: Callable[[str], None]) -> None:
@@ -190,15 +193,18 @@ def show(report: dict[str, Any], console: Console) -> None:
             table.add_row(name, f"{step['took_ms']:.1f}", f"{step['done_ms']:.1f}")
         console.print(table)
 
-    wire = report["wire"]
-    table = Table("arrow", "messages a round", "bytes a round", title="10 clients in 2 regions")
-    for name, (messages, size) in wire["arrows"].items():
-        table.add_row(name, f"{messages:.1f}", f"{size:,.0f}")
-    console.print(table)
+    for case in report["wire"]:
+        title = f"{case['clients']} clients in {case['regions']} region(s), {case['rounds']} rounds"
+        table = Table("arrow", "messages a round", "bytes a round", title=title)
+        for name, (messages, size) in case["arrows"].items():
+            table.add_row(name, f"{messages:.1f}", f"{size:,.0f}")
+        console.print(table)
+        console.print(
+            f"updates published {case['updates']}, different {case['different_updates']}, "
+            f"accepted {case['accepted']}; other messages twice: {case['other_twice'] or 'none'}"
+        )
     console.print(
-        f"updates published {wire['updates']}, different {wire['different_updates']}, "
-        f"accepted {wire['accepted']}; other messages twice: {wire['other_twice'] or 'none'}\n"
-        f"an update: {wire['update_bytes']} bytes, {report['update_wire_ratio']} of its float32\n"
+        f"an update is {report['update_wire_ratio']} times as long as its float32\n"
         f"start to final model, 3 clients, 3 rounds: {report['start_to_final_runs_s']} s\n"
         f"that stack: {report['stack_pss_mb']} MB PSS {report['stack_pss_by_program_mb']}"
     )

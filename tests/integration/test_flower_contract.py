@@ -57,6 +57,17 @@ MIDDLEWARES = {
     "flwr.superlink.routers.fleet.middlewares:FleetEventLogMiddleware": "4466ecde96",
     "flwr.superlink.routers.fleet.node_auth:NodeAuthMiddleware": "36b9ef8b48",
 }
+# What it runs in its own way: it must not stream an answer, or wait in a dependency.
+RUN_BY = {
+    "flwr.superlink.main:create_app": "ee966b630c",
+    "flwr.supercore.error:http_error_translator": "63e39a1212",
+    "flwr.supercore.protobuf.translation:ProtobufTranslationMiddleware": "5ff23a6fdd",
+    "starlette.middleware.base:BaseHTTPMiddleware": "4206508787",
+    "starlette.middleware.base:_CachedRequest": "e2eee45274",
+    "fastapi.dependencies.utils:solve_dependencies": "06cf9dbaa6",
+    "flwr.superlink.dependencies.linkstate:get_linkstate": "a5afb79e37",
+    "flwr.supercore.dependencies.version:VersionDependency": "e028ba9177",
+}
 
 # Public API (`flwr.app`), and generated code whose fields the run below uses.
 NOT_HASHED = re.compile(r"^flwr\.(app:|proto\.)")
@@ -95,10 +106,11 @@ def test_nothing_else_in_the_wheel_uses_internals_of_flower() -> None:
 
 def test_the_middlewares_that_are_passed_by_are_the_known_ones() -> None:
     assert {name: source_hash(name) for name in MIDDLEWARES} == MIDDLEWARES
+    assert {name: source_hash(name) for name in RUN_BY} == RUN_BY
     passed_by = {
         f"{m.cls.__module__}:{m.cls.__qualname__}"  # type: ignore[attr-defined]
         for m in superlink_main._get_middleware()
-        if routes.narrowed(m) is not m
+        if routes.shortened(m).kwargs["paths"] != ("/",)
     }
     assert passed_by == MIDDLEWARES.keys() - {"flwr.superlink.main:_get_middleware"}
 

@@ -90,10 +90,10 @@ def _show_as(name: str) -> None:
 def main() -> None:
     gc.disable()  # while modules are loaded, there is nothing to collect: 0.2 s of a core
     from fedfog.flower.fleet import load_commands
-    from fedfog.flower.routes import pass_by_other_apis
+    from fedfog.flower.routes import shorten
 
     _commands.update(load_commands())
-    pass_by_other_apis()
+    shorten()
     gc.freeze()
     gc.enable()
     subprocess.Popen = _Popen  # type: ignore[assignment, misc]
