@@ -43,12 +43,19 @@ CHANNELS = (
         "global_model", 0, schemas.ModelMeta, "central-server", "all", retained=True, tensors=True
     ),
     Channel("update", 2, schemas.UpdateMeta, "client", "aggregator", tensors=True),
-    Channel("receipts", 2, schemas.Receipt, "aggregator", "client"),
+    Channel("receipts", 2, schemas.Receipt, "aggregator", "client, aggregator at its parent"),
     Channel("receipts", 1, schemas.RegionReceipt, "aggregator", "clients"),
     Channel(
         "partial_of", 1, schemas.PartialMeta, "aggregator", "bridge", retained=True, tensors=True
     ),
-    Channel("partial_to", 2, schemas.PartialMeta, "aggregator", "its parent", tensors=True),
+    Channel(
+        "partial_to",
+        2,
+        schemas.PartialMeta,
+        "aggregator at its parent",
+        "its parent",
+        tensors=True,
+    ),
     Channel("slot", 2, schemas.Slot, "aggregator", "client"),
     Channel(
         "presence",
