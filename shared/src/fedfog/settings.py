@@ -29,6 +29,11 @@ class CommonSettings(BaseSettings):
     mqtt_timeout: Seconds = Field(
         300.0, description="seconds without a broker after which a service gives up"
     )
+    tls_dir: Path | None = Field(
+        None,
+        description="folder with ca.crt, tls.crt and tls.key: MQTT goes over TLS and this "
+        "certificate is the service's identity; default: plain MQTT",
+    )
     topic_prefix: str = Field("fl", description="first level of all topics")
     topic_updates: str = Field("", description="topic of updates; default `<prefix>/updates`")
     topic_partial: str = Field("", description="topic of partials; default `<prefix>/partial`")
@@ -112,7 +117,27 @@ class _WithRegions(CommonSettings):
         return region_names(self.regions)
 
 
-class AggregatorSettings(RegionSettings, _WithRegions):
+class _WithAggregation(CommonSettings):
+    aggregation: Literal[
+        "fedavg",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "norm_clip",
+        "centered_clip",
+        "geometric_median",
+    ] = Field(
+        "fedavg",
+        description="rule that makes one model of many; all but `fedavg` bound what a minority of "
+        "poisoned ones can do (docs/robustness.md)",
+    )
+    byzantine: float = Field(
+        0.2, ge=0, lt=0.5, description="share of poisoned models that the rule has to bear"
+    )
+
+
+class AggregatorSettings(RegionSettings, _WithRegions, _WithAggregation):
     """Settings of a fog aggregator."""
 
     k: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -140,6 +165,7 @@ class AggregatorSettings(RegionSettings, _WithRegions):
     max_examples: int = Field(
         1_000_000, ge=1, description="largest num_examples that a client's update may claim"
     )
+    client_quota: int = Field(60, ge=1, description="updates per minute that one client may send")
     parent_region: str = Field(
         "",
         description="region of the aggregator above this one, which takes this region's partial; "
@@ -200,6 +226,17 @@ class ClientSettings(RegionSettings, DataSettings):
     client_id: str = Field(
         "", description="name of this client; default: one made at first start, kept in STATE_DIR"
     )
+    enrolment_url: str = Field(
+        "",
+        pattern=r"^(https://[^/\s]+)?$",
+        description="`https://host:port` where the client gets and renews its certificate, which "
+        "then carries its name; default: tls.crt and tls.key of TLS_DIR are the client's",
+    )
+    join_token_file: Path | None = Field(
+        None,
+        json_schema_extra={"format": "file-path"},
+        description="file with the token that admits a new client at ENROLMENT_URL",
+    )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the client's own examples kept for validation"
     )
@@ -223,7 +260,7 @@ class ClientSettings(RegionSettings, DataSettings):
         return value
 
 
-class CentralSettings(DataSettings, _WithRegions):
+class CentralSettings(DataSettings, _WithRegions, _WithAggregation):
     """Settings of the central server."""
 
     rounds: int = Field(3, ge=1, description="global rounds of a run")

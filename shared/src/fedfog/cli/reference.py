@@ -86,8 +86,7 @@ def settings_page() -> str:
 def _settings_table(model: type[settings.CommonSettings], without: set[str]) -> Iterable[str]:
     yield "| setting | default | value | meaning |"
     yield "| --- | --- | --- | --- |"
-    properties = model.model_json_schema()["properties"]
-    for name, schema in properties.items():
+    for name, schema in _settings(model):
         if name not in without:
             default = f"`{_default(schema)}`" if _default(schema) else ""
             cells = [f"`{name.upper()}`", default, _value(schema), schema["description"]]
@@ -106,7 +105,7 @@ def env_example() -> str:
     told = set(_NOT_IN_COMPOSE)
     models: list[type[settings.CommonSettings]] = [settings.CommonSettings, *SERVICES.values()]
     for model in models:
-        for field, schema in model.model_json_schema()["properties"].items():
+        for field, schema in _settings(model):
             if (name := field.upper()) in told:
                 continue
             told.add(name)
@@ -117,8 +116,18 @@ def env_example() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _settings(model: type[settings.CommonSettings]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Name and JSON schema of each; that one may be unset is told by its default."""
+    for name, schema in model.model_json_schema()["properties"].items():
+        choices = [choice for choice in schema.pop("anyOf", []) if choice["type"] != "null"]
+        more = choices[0] if len(choices) == 1 else {"anyOf": choices}
+        yield name, more | schema
+
+
 def _default(schema: Mapping[str, Any]) -> str:
     match schema["default"]:
+        case None:
+            return ""
         case bool(value):
             return str(value).lower()
         case float(value):
@@ -234,6 +243,8 @@ def _value(schema: Mapping[str, Any], definitions: Mapping[str, Any] | None = No
             return f"map: name to {_value(values, definitions)}"
         case "string" if schema.get("format") == "path":
             return "folder"
+        case "string" if schema.get("format") == "file-path":
+            return "file"
         case "string":
             pattern = schema.get("pattern")
             return _KINDS.get(pattern, f"text `{pattern}`") if pattern else "text"
