@@ -5,9 +5,11 @@ shows, and no others. A client's certificate is named `region/client`, which is 
 end: one pattern holds for all clients, and gives none of them another's topics. What has no client
 in its name (the model, a region's status and receipts) every certificate may read.
 
-Lines that forbid stand first: of a file that was cut off, only permissions are missing.
+The last line says that the file is whole, and lines that forbid stand first: of a list that was cut
+off all the same, only permissions are missing.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 
@@ -15,8 +17,12 @@ from fedfog.messages.catalog import CHANNELS
 from fedfog.messages.topics import Topics, is_name
 
 PROBE = "probe"
+END = "# the end"
 _EVERYBODY = ""
 _CLIENT = "{region}/{client}"
+# Less than what Mosquitto understands, so that it understands all of it.
+_LINE = re.compile(r"(#.*|user [!-~]+|(topic|pattern) (read|write|deny) (?P<topic>\S+))?")
+_LEVEL = re.compile(r"[^+#]*|\+|#")
 
 
 def acl(regions: Collection[str], topics: Topics, parents: Mapping[str, str]) -> str:
@@ -57,7 +63,29 @@ def acl(regions: Collection[str], topics: Topics, parents: Mapping[str, str]) ->
     parts += [_block(user, lines) for user, lines in sorted(grants.items())]
     # The health check's question.
     parts.append(_block(PROBE, ["read $SYS/broker/version"]))
-    return "\n".join(parts)
+    return "\n".join([*parts, END, ""])
+
+
+def with_probe(text: str, topic: str) -> str:
+    """An access list with one topic that the guard's probe may write, in place of another one."""
+    whole = f"{text.partition(END)[0]}{END}\n"
+    return whole + _block(PROBE, [f"write {topic}"]) + f"{END}\n"
+
+
+def check(text: str) -> None:
+    """Raises ValueError: this is no access list that Mosquitto would read whole."""
+    lines = text.split("\n")
+    if lines[-2:] != [END, ""]:
+        raise ValueError("the end of the access list is missing")
+    for number, line in enumerate(lines, 1):
+        found = _LINE.fullmatch(line)
+        if found is None or not line.isprintable():
+            raise ValueError(f"line {number} of the access list is none: {line[:80]!r}")
+        levels = (found["topic"] or "").split("/")
+        if not all(_LEVEL.fullmatch(level) for level in levels) or "#" in levels[:-1]:
+            raise ValueError(
+                f"line {number} of the access list has a wildcard out of place: {line[:80]!r}"
+            )
 
 
 def _block(user: str, lines: Collection[str]) -> str:

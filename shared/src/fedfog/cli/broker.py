@@ -27,7 +27,7 @@ PORTS = (20_000, 32_000)
 _MOSQUITTO = """\
 user root
 listener {port} 127.0.0.1
-allow_anonymous true
+{access}
 max_inflight_messages 200
 max_queued_messages 20000
 max_queued_bytes 0
@@ -37,6 +37,22 @@ persistence {persistence}
 persistence_location {folder}/
 autosave_interval 10
 """
+
+# As in mosquitto/mosquitto.conf, where the reasons are.
+_CLOSED = """\
+allow_anonymous false
+cafile {tls}/ca.crt
+certfile {tls}/tls.crt
+keyfile {tls}/tls.key
+crlfile {tls}/ca.crl
+tls_version tlsv1.2
+require_certificate true
+use_identity_as_username true
+use_username_as_clientid true
+acl_file {tls}/acl
+max_keepalive 120
+max_qos 1
+max_topic_alias 0"""
 
 # The MQTT 5 listener exists only with a configuration file; its default limit is 20 kB.
 _EMBEDDED = """\
@@ -88,10 +104,25 @@ class LocalBroker:
     Args:
         kind: `mosquitto` or `embedded`; default: Mosquitto if it is installed.
         persistence: Mosquitto keeps sessions and retained messages over a restart.
+        tls_dir: folder with ca.crt, tls.crt, tls.key, ca.crl and acl: only certificates of this CA
+            get in, to what this access list allows them. Default: anybody, to everything.
+
+    Raises:
+        ServiceError: the embedded broker has no access list.
     """
 
-    def __init__(self, folder: Path, kind: Kind | None = None, persistence: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: Kind | None = None,
+        persistence: bool = False,
+        tls_dir: Path | None = None,
+    ) -> None:
         self.kind: Kind = kind or ("mosquitto" if installed_mosquitto() else "embedded")
+        if tls_dir and self.kind == "embedded":
+            raise ServiceError(
+                "the embedded broker knows no certificates and no access list: install Mosquitto"
+            )
         self.host, self.port = "127.0.0.1", free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self._log = folder / "broker.log"
@@ -102,6 +133,7 @@ class LocalBroker:
         self._config.write_text(
             template.format(
                 port=self.port,
+                access=_CLOSED.format(tls=tls_dir.resolve()) if tls_dir else "allow_anonymous true",
                 max_packet=MAX_PACKET_BYTES,
                 persistence=str(persistence).lower(),
                 folder=folder.resolve(),
