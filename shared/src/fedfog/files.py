@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -9,16 +10,21 @@ import structlog
 log = structlog.get_logger()
 
 
-def write_atomically(path: Path, *data: bytes) -> None:
+def write_atomically(path: Path, *data: bytes, mode: int = 0o666, owner: int = -1) -> None:
     """Replace `path` by `data`, one after the other, so that a reader, or a start after a power
     loss, finds either the old or the new content whole.
+
+    Args:
+        mode: of the file, less the umask; 0o600 for a secret.
+        owner: user id of the file; -1: this process's.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; it names `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
+            os.fchown(file.fileno(), owner, -1)
             file.writelines(data)
             file.flush()
             os.fsync(file.fileno())

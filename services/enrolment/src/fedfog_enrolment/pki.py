@@ -1,0 +1,181 @@
+"""`fedfog-pki`: makes the federation's PKI at the first start, and renews it at later ones.
+
+Each reader has a folder in PKI_DIR, so that it can be given that folder alone:
+`<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl`; `ca/` is for
+enrolment only; `join/<region>.token` admits the clients of a region, and `client/` holds what those
+of the first region start with. What a user brought stays as it is: a CA with its key in `ca/`, or a
+certificate of another CA in a reader's folder. To change the CA, empty PKI_DIR.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from fedfog import service
+from fedfog.files import write_atomically
+from fedfog.messages.topics import Topics
+from fedfog.settings import load
+from fedfog_enrolment.acl import acl
+from fedfog_enrolment.ca import CA, key_pem, load_certificate, names_of, new_key, pem
+from fedfog_enrolment.settings import LOCAL, EnrolmentSettings
+
+log = structlog.get_logger()
+
+# Names of the two servers in the compose stack: the host part of their addresses.
+SERVERS = {"broker": "mosquitto", "enrolment": "enrolment"}
+REVOKED = "probe-revoked"
+
+
+def ensure(
+    pki_dir: Path,
+    regions: Sequence[str],
+    *,
+    topics: Topics = Topics(),  # noqa: B008 (it is frozen)
+    parents: Mapping[str, str] | None = None,
+    server_names: Sequence[str] = LOCAL,
+    days: float = 365,
+    token_hours: float = 720,
+    owners: Mapping[str, int] | None = None,
+) -> CA:
+    """Make what is missing, and renew what has less than a third of its life left.
+
+    Args:
+        parents: region -> region of the aggregator that takes its partials.
+        server_names: host names and addresses of the broker and of enrolment, beside
+            `mosquitto` and `enrolment`.
+        days: life of a service's certificate.
+        token_hours: life of a region's first join token.
+        owners: reader, or `*` for all others -> user id that it runs as; default: our own.
+
+    Raises:
+        CAError: a file is damaged, or is missing beside another.
+        OSError: `pki_dir` cannot be written.
+        ValueError: regions, parents or topics make no access list.
+    """
+    pki = _Pki(pki_dir, owners or {})
+    with pki.writing("ca") as folder:
+        if not (folder / "ca.crt").exists():
+            CA.create(folder, pki.owner("ca"))
+        with pki.taken(folder / "ca.key", "ca"):
+            ca = CA.load(folder)
+    clients = ["central-server", "monitor", "probe", REVOKED]
+    clients += [f"{service}.{region}" for service in ("aggregator", "bridge") for region in regions]
+    for reader in [*SERVERS, *clients]:
+        names = [SERVERS[reader], *server_names] if reader in SERVERS else []
+        if _is_due(pki_dir / reader, ca, names):
+            pki.certify(reader, ca, names, days)
+    _write_tokens(pki, regions, token_hours)
+    pki.write("client", "ca.crt", pem(ca.certificate))
+    pki.write("broker", "acl", acl(regions, topics, parents or {}).encode(), secret=True)
+    crl = pki_dir / "broker" / "ca.crl"
+    before = ca.revoked(crl) if crl.exists() else frozenset()
+    probe = load_certificate(pki_dir / REVOKED / "tls.crt").serial_number
+    if probe not in before:
+        pki.write("broker", "ca.crl", ca.crl(before | {probe}))
+    return ca
+
+
+class _Pki:
+    """Writes files as the users that read them.
+
+    As root it needs the capability CHOWN and no other: it takes a folder, and gives it back.
+    """
+
+    def __init__(self, folder: Path, owners: Mapping[str, int]) -> None:
+        self._folder, self._owners = folder, owners
+
+    def owner(self, reader: str) -> int:
+        """User id of a reader; -1: our own. What is in `ca` and `join` is for enrolment."""
+        if reader in ("ca", "join"):
+            reader = "enrolment"
+        return self._owners.get(reader, self._owners.get("*", -1))
+
+    @contextmanager
+    def writing(self, reader: str) -> Iterator[Path]:
+        """The folder of a reader, which we may write meanwhile."""
+        folder = self._folder / reader
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.taken(folder, reader):
+            yield folder
+
+    @contextmanager
+    def taken(self, path: Path, reader: str) -> Iterator[None]:
+        owner = self.owner(reader)
+        if owner >= 0:
+            os.chown(path, os.getuid(), -1)
+        try:
+            yield
+        finally:
+            os.chown(path, owner, -1)
+
+    def write(self, reader: str, name: str, data: bytes, secret: bool = False) -> None:
+        with self.writing(reader) as folder:
+            mode = 0o600 if secret else 0o644
+            write_atomically(folder / name, data, mode=mode, owner=self.owner(reader))
+
+    def certify(self, reader: str, ca: CA, server_names: Sequence[str], days: float) -> None:
+        key = new_key()
+        certificate = ca.sign(key.public_key(), reader, days * 86400, server_names)
+        self.write(reader, "tls.key", key_pem(key), secret=True)
+        self.write(reader, "ca.crt", pem(ca.certificate))
+        self.write(reader, "tls.crt", pem(certificate))  # last: it says that the others are there
+        log.info("certificate_made", name=reader, until=certificate.not_valid_after_utc.isoformat())
+
+
+def _is_due(folder: Path, ca: CA, server_names: Sequence[str]) -> bool:
+    """True if a reader needs a certificate of ours, and has none that will do."""
+    if not (folder / "tls.crt").exists():
+        return True
+    certificate = load_certificate(folder / "tls.crt")
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return ca.issued(certificate) and (  # else it is the user's
+        (end - datetime.now(UTC)) * 3 < end - begin
+        or names_of(certificate) != set(server_names)
+        or not (folder / "tls.key").exists()
+    )
+
+
+def _write_tokens(pki: _Pki, regions: Sequence[str], hours: float) -> None:
+    """A join token for each region, and a new one in time."""
+    for region in regions:
+        with pki.writing("join") as folder:
+            path = folder / f"{region}.token"
+            if path.exists() and time.time() - path.stat().st_mtime < hours * 3600 * 2 / 3:
+                continue
+        token = secrets.token_urlsafe(32).encode()
+        if region == regions[0]:
+            pki.write("client", "token", token, secret=True)
+        pki.write("join", path.name, token, secret=True)
+        log.info("join_token_made", region=region, path=str(path))
+
+
+def main() -> None:
+    settings = load(EnrolmentSettings)
+
+    def body() -> int:
+        try:
+            ensure(
+                settings.pki_dir,
+                settings.region_list,
+                topics=settings.topics,
+                parents=settings.parents,
+                server_names=settings.server_name_list,
+                days=settings.service_cert_days,
+                token_hours=settings.join_token_hours,
+                owners=settings.owners,
+            )
+        except ValueError as error:
+            raise service.ServiceError(str(error)) from error
+        return service.EXIT_OK
+
+    service.run("pki", settings, body)
+
+
+if __name__ == "__main__":
+    main()
