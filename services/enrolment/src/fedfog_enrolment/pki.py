@@ -1,10 +1,12 @@
 """`fedfog-pki`: makes the federation's PKI at the first start, and renews it at later ones.
 
 Each reader has a folder in PKI_DIR, so that it can be given that folder alone:
-`<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl`; `ca/` is for
-enrolment only; `join/<region>.token` admits the clients of a region, and `client/` holds what those
-of the first region start with. What a user brought stays as it is: a CA with its key in `ca/`, or a
-certificate of another CA in a reader's folder. To change the CA, empty PKI_DIR.
+`<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl`, `nginx/` has
+`ca.crl`; `bridge.<region>/supernode.key` is the bridge's key at the SuperLink, whose public half is
+in `superlink/bridge.<region>.pub` (both as OpenSSH writes them); `ca/` is for enrolment only;
+`join/<region>.token` admits the clients of a region, and `client/` holds what those of the first
+region start with. What a user brought stays as it is: a CA with its key in `ca/`, or a certificate
+of another CA in a reader's folder. To change the CA, empty PKI_DIR.
 """
 
 import os
@@ -16,6 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import structlog
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 
 from fedfog import service
 from fedfog.files import write_atomically
@@ -27,8 +37,13 @@ from fedfog_enrolment.settings import LOCAL, EnrolmentSettings
 
 log = structlog.get_logger()
 
-# Names of the two servers in the compose stack: the host part of their addresses.
-SERVERS = {"broker": "mosquitto", "enrolment": "enrolment"}
+# Names of the servers in the compose stack: the host part of their addresses.
+SERVERS = {
+    "broker": "mosquitto",
+    "enrolment": "enrolment",
+    "superlink": "central-server",
+    "nginx": "nginx",
+}
 REVOKED = "probe-revoked"
 
 
@@ -47,8 +62,7 @@ def ensure(
 
     Args:
         parents: region -> region of the aggregator that takes its partials.
-        server_names: host names and addresses of the broker and of enrolment, beside
-            `mosquitto` and `enrolment`.
+        server_names: host names and addresses of the servers, beside their names in the stack.
         days: life of a service's certificate.
         token_hours: life of a region's first join token.
         owners: reader, or `*` for all others -> user id that it runs as; default: our own.
@@ -70,6 +84,8 @@ def ensure(
         names = [SERVERS[reader], *server_names] if reader in SERVERS else []
         if _is_due(pki_dir / reader, ca, names):
             pki.certify(reader, ca, names, days)
+    for bridge in (f"bridge.{region}" for region in regions):
+        _admit_bridge(pki, pki_dir / bridge, bridge)
     _write_tokens(pki, regions, token_hours)
     pki.write("client", "ca.crt", pem(ca.certificate))
     pki.write("broker", "acl", acl(regions, topics, parents or {}).encode(), secret=True)
@@ -78,6 +94,7 @@ def ensure(
     probe = load_certificate(pki_dir / REVOKED / "tls.crt").serial_number
     if probe not in before:
         pki.write("broker", "ca.crl", ca.crl(before | {probe}))
+    pki.write("nginx", "ca.crl", crl.read_bytes())
     return ca
 
 
@@ -139,6 +156,19 @@ def _is_due(folder: Path, ca: CA, server_names: Sequence[str]) -> bool:
         or names_of(certificate) != set(server_names)
         or not (folder / "tls.key").exists()
     )
+
+
+def _admit_bridge(pki: _Pki, folder: Path, reader: str) -> None:
+    """The key by which the SuperLink knows a bridge: Flower wants one besides the certificate."""
+    path = folder / "supernode.key"
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        text = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        pki.write(reader, path.name, text, secret=True)
+    with pki.taken(path, reader):
+        public = load_ssh_private_key(path.read_bytes(), None).public_key()
+    line = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    pki.write("superlink", f"{reader}.pub", line)
 
 
 def _write_tokens(pki: _Pki, regions: Sequence[str], hours: float) -> None:
