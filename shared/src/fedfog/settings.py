@@ -286,6 +286,12 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation):
     )
     flower_host: str = Field("127.0.0.1", description="address that the SuperLink listens on")
     flower_port: int = Field(8080, ge=1, le=65535, description="port of the SuperLink")
+    superlink_tls_dir: Path | None = Field(
+        None,
+        description="folder with ca.crt, tls.crt and tls.key of the SuperLink, and the bridges' "
+        "public keys as bridge.<region>.pub; default: `superlink` beside TLS_DIR. Without "
+        "TLS_DIR the SuperLink is plain HTTP and admits every bridge",
+    )
     runs_dir: Path = Field(Path("runs"), description="folder of the results")
     run_id: str = Field(
         "", pattern=r"^([a-z0-9][a-z0-9_-]{0,62})?$", description="name of the run; default: now"
@@ -294,6 +300,13 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation):
     exit_when_finished: bool = Field(
         False, description="end with the run's exit code instead of standing by for the next run"
     )
+
+    @property
+    def superlink_dir(self) -> Path | None:
+        """Folder of the SuperLink's certificate; None: it is plain HTTP."""
+        if self.tls_dir is None:
+            return None
+        return self.superlink_tls_dir or self.tls_dir.parent / "superlink"
 
     @property
     def hyperparameters(self) -> Hyperparameters:
