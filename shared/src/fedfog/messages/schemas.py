@@ -232,6 +232,12 @@ class Bridge(Payload):
     node_id: int | None = Field(
         default=None, description="its Flower node id; none if it runs in a stock SuperNode"
     )
+    session: int = Field(
+        default=0,
+        ge=0,
+        description="number of its session with the SuperLink in this boot: what an earlier one "
+        "had fetched is lost",
+    )
 
 
 class Cue(Payload):
