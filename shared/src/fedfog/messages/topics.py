@@ -9,7 +9,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,30}$"
 
 def is_name(text: str) -> bool:
     """True if `text` may name a region or a client."""
-    return re.match(NAME_PATTERN, text) is not None
+    return re.fullmatch(NAME_PATTERN, text) is not None
 
 
 @dataclass(frozen=True)
