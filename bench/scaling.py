@@ -30,7 +30,7 @@ from bench.swarm import Peer, Peers
 from fedfog import logs
 from fedfog.cli.broker import LocalBroker
 from fedfog.core import rounds
-from fedfog.core.participation import PATIENCE, RESEND_SECONDS
+from fedfog.core.participation import RESEND_SECONDS
 from fedfog.messages.codec import MAX_HEADER_BYTES, TensorTable, encode
 
 ROOT = Path(__file__).parents[1]
@@ -514,7 +514,7 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                     "clients in a region whose receipt of a close is as large as an update",
                     f"{sizes.update // sizes.member:,}",
                 ],
-                ["first repeat, not before", f"{PATIENCE[0]:.0f} s"],
+                ["first repeat, not before", f"{RESEND_SECONDS[0]:.0f} s"],
                 ["longest time between repeats", f"{RESEND_SECONDS[1]:.0f} s"],
             ],
         ),

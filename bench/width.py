@@ -56,7 +56,7 @@ class Published:
     Args:
         updates: publications on the topics of updates, and how many different ones.
         accepted: members of all partials.
-        other_twice: other topics with the same payload twice.
+        other_twice: how many other topics had the same payload twice, by the topic's first part.
         update_bytes: payload of one update.
         arrows: messages and payload bytes a round by the topic's first part; a broker hands a
             model out to every client and aggregator.
@@ -65,7 +65,7 @@ class Published:
     updates: int
     different_updates: int
     accepted: int
-    other_twice: list[str]
+    other_twice: dict[str, int]
     update_bytes: int
     arrows: dict[str, tuple[float, float]]
 
@@ -126,12 +126,12 @@ def count(clients: int, regions: int, rounds: int) -> Published:
             if topic.startswith(topics.partial):
                 accepted += len(decode_meta(payload, PartialMeta).members)
     updates = {key: n for key, n in seen.items() if key[0].startswith(topics.updates)}
-    twice = sorted(topic for (topic, _), n in (seen - Counter(updates)).items() if n > 1)
+    twice = Counter(t.split("/")[1] for (t, _), n in (seen - Counter(updates)).items() if n > 1)
     return Published(
         sum(updates.values()),
         len(updates),
         accepted,
-        twice,
+        dict(twice),
         update_bytes,
         {a: (round(n / rounds, 2), round(sizes[a] / rounds, 1)) for a, n in messages.items()},
     )

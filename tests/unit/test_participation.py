@@ -5,7 +5,7 @@ import random
 import pytest
 
 from fedfog.core.participation import (
-    PATIENCE,
+    RESEND_SECONDS,
     AggregatorSeen,
     Announce,
     CancelTraining,
@@ -66,7 +66,7 @@ def test_silence_is_answered_with_repeats_that_slow_down() -> None:
         assert client.handle(Tick(), due) == [Send("run", 1, attempt, "no answer")]
         gaps.append(due - last)
         last = due
-    assert 0.8 * PATIENCE[0] <= gaps[0] <= 1.2 * PATIENCE[0]
+    assert 0.8 * RESEND_SECONDS[0] <= gaps[0] <= 1.2 * RESEND_SECONDS[0]
     assert 6.4 <= gaps[-1] <= 9.6
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-RESEND_SECONDS = (1.0, 8.0)
-# An update that is not answered yet may still be on a slow way, or in a long queue: it is given
-# twice the time that the last one took, and at least and at most this long. (A new boot of the
-# aggregator, or a reconnect, is reason enough to repeat it at once.)
-PATIENCE = (4.0, 120.0)
+# What is not answered yet may still be on a slow way, or in a long queue. An update is given twice
+# the time that the last one took, at most this long. (A new boot of the aggregator, or a reconnect,
+# is reason enough to repeat it at once.)
+RESEND_SECONDS = (4.0, 8.0)
+LONGEST_PATIENCE = 120.0
 
 
 class Duty(StrEnum):
@@ -178,7 +178,7 @@ class Participation:
     _sent_at: float = 0.0
     _was_sending: bool = False
     _trained_at: float | None = None
-    _patience: float = PATIENCE[0]
+    _patience: float = RESEND_SECONDS[0]
     _backoff: Backoff = field(init=False)
 
     def __post_init__(self) -> None:
@@ -279,7 +279,7 @@ class Participation:
         if event.verdict == "received":
             if self._trained_at is not None:
                 took = now - self._trained_at
-                self._patience = min(max(2 * took, PATIENCE[0]), PATIENCE[1])
+                self._patience = min(max(2 * took, RESEND_SECONDS[0]), LONGEST_PATIENCE)
                 self._trained_at = None  # what follows is about a repeat
             self.duty, self._held_by, self._due = Duty.HELD, event.boot, None
             self._backoff.reset()
