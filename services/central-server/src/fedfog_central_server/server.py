@@ -22,6 +22,7 @@ from fedfog.messages.topics import is_name
 from fedfog.runs import Status
 from fedfog.settings import CentralSettings
 from fedfog.transport import mqtt
+from fedfog.transport.tls import Identity
 from fedfog_central_server.active import ActiveRun, RunFailedError
 from fedfog_central_server.control import Asked, Control
 from fedfog_central_server.flower_side import FlowerSide
@@ -50,6 +51,7 @@ class CentralServer:
             settings.mqtt_port,
             [self._bridge_prefix + "+", topics.bell, topics.global_model],
             timeout=settings.mqtt_timeout,
+            tls=Identity.of(settings.tls_dir),
         )
         put = self._session.events.put
         self._first = open_at_start(settings)

@@ -25,6 +25,7 @@ from fedfog.messages.codec import CodecError
 from fedfog.messages.topics import Topics
 from fedfog.settings import CommonSettings, load
 from fedfog.transport import mqtt
+from fedfog.transport.tls import Identity
 
 _PREVIEW = 60
 
@@ -47,6 +48,7 @@ def run(filters: Sequence[str]) -> int:
         settings.mqtt_port,
         filters or own,
         timeout=settings.mqtt_timeout,
+        tls=Identity.of(settings.tls_dir),
     )
     console = Console(highlight=False)
     regions = Regions()

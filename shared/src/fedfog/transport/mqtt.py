@@ -14,6 +14,7 @@ sent (`_Client`). While the worker is busy with large ones, no more is read from
 import queue
 import random
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -27,6 +28,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from fedfog.transport.tls import Identity
 
 log = structlog.get_logger()
 
@@ -84,6 +87,33 @@ def reconnect_delays() -> tuple[float, float]:
     return first, longest
 
 
+def explain(error: OSError | None, reached: bool, identity: Identity | None) -> str:
+    """Why a broker did not take us in, and what to look at.
+
+    Args:
+        error: that the attempt ended with; none: there was no answer.
+        reached: the connection was there, with TLS if there is an identity.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is refused ({error.verify_message}): it has to be of the CA in "
+            "TLS_DIR, and for the name in MQTT_BROKER"
+        )
+    said = str(error or "no answer")
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    if identity and "ALERT" in reason:
+        said = reason.rpartition("ALERT_")[2].replace("_", " ").lower()
+        return f"our certificate is refused ({said}): {identity.fault() or 'ask who issued it'}"
+    if identity and reached:
+        fault = identity.fault() or "is it revoked, or of a CA that the broker does not know?"
+        return f"our certificate is refused ({said}): {fault}"
+    if reached:
+        return f"{said}: does it want TLS (TLS_DIR)?"
+    if isinstance(error, ssl.SSLError | ConnectionResetError):
+        return f"no TLS there ({said}): is MQTT_PORT right?"
+    return f"{said}: is it running, and are MQTT_BROKER and MQTT_PORT right?"
+
+
 class _Client(mqtt.Client):
     """paho's client, which copies a message three times when it receives it and once more with
     every call of `send`; which takes an upload that lasts longer than two keep-alives for a dead
@@ -91,16 +121,40 @@ class _Client(mqtt.Client):
 
     Args:
         has_room: asked, and may wait for a moment, before so many bytes more are read.
+
+    Attributes:
+        trouble: how the present or last connection has failed; empty: it has not, or was closed.
     """
 
-    def __init__(self, client_id: str, has_room: Callable[[int], bool]) -> None:
+    def __init__(
+        self, client_id: str, identity: Identity | None, has_room: Callable[[int], bool]
+    ) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
         )
+        self._identity = identity
+        if identity:
+            self.tls_set_context(identity.context)
+        self.trouble = ""
         self._has_room = has_room
         self._whole: bytearray | None = None
         self._head = 0
         self._receiving, self._sending = _Transfer("receiving"), _Transfer("sending")
+
+    def _create_socket(self) -> Any:
+        self.trouble = ""
+        try:
+            if self._identity:
+                self._identity.refresh()
+            return super()._create_socket()
+        except OSError as error:
+            self._note(error, reached=False)
+            raise
+
+    def _note(self, error: OSError, reached: bool = True) -> None:
+        # As text, because an error keeps the socket of its frames.
+        if not isinstance(error, BlockingIOError):
+            self.trouble = explain(error, reached, self._identity)
 
     def _sock_recv(self, bufsize: int) -> bytes:
         if bufsize >= LARGE_BYTES:
@@ -109,7 +163,11 @@ class _Client(mqtt.Client):
             if bufsize == self._in_packet["remaining_length"]:
                 self._in_packet["packet"] = cast(bytearray, _Buffer(bufsize))
             self._receiving.tell(bufsize)
-        return super()._sock_recv(min(bufsize, READ_BYTES))
+        try:
+            return super()._sock_recv(min(bufsize, READ_BYTES))
+        except OSError as error:
+            self._note(error)
+            raise
 
     def _handle_publish(self) -> MQTTErrorCode:
         """Of a large message, paho reads the head; the rest stays where it is."""
@@ -134,8 +192,14 @@ class _Client(mqtt.Client):
         return super()._packet_queue(command, cast(bytes, memoryview(packet)), *rest)
 
     def _sock_send(self, buf: Any) -> int:
-        sent = super()._sock_send(buf)
-        if sent < len(buf):  # the system's buffer is full, so the peer has taken what was before
+        try:
+            sent = super()._sock_send(buf)
+        except OSError as error:
+            self._note(error)
+            raise
+        # The system's buffer is full, so the peer has taken what was before. TLS takes one record
+        # at a time: what it has taken is at most that buffer ahead of the peer.
+        if sent < len(buf):
             with self._msgtime_mutex:
                 self._last_msg_out = self._last_bytes_received = time.monotonic()
             if len(buf) >= LARGE_BYTES:
@@ -201,6 +265,8 @@ class Session:
         subscriptions: topic filters, in order; renewed at every connect.
         will: topic and payload that the broker publishes, retained, if this session dies.
         timeout: seconds without a connection after which `next` raises (setting MQTT_TIMEOUT).
+        tls: the identity towards the broker; default: plain MQTT. The broker takes the name in its
+            certificate for the client id.
     """
 
     def __init__(
@@ -211,11 +277,14 @@ class Session:
         subscriptions: Sequence[str],
         will: tuple[str, bytes] | None = None,
         timeout: float = 300.0,
+        tls: Identity | None = None,
     ) -> None:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._id, self._host, self._port = client_id, host, port
         self._subscriptions = subscriptions
         self._timeout = timeout
+        self._tls = tls
+        self._trouble = "no answer"
         self._offline_since: float | None = time.monotonic()
         self._generation = 0
         self._unacknowledged: tuple[int, int, int] | None = None
@@ -226,7 +295,7 @@ class Session:
         self._room = threading.Condition()
         self._waiting = 0  # bytes of large messages that are not acknowledged
         self._stopping = False
-        self._client = client = _Client(client_id, self._has_room)
+        self._client = client = _Client(client_id, tls, self._has_room)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
         client.reconnect_delay_set(*reconnect_delays())  # type: ignore[arg-type]
         if will:
@@ -347,8 +416,7 @@ class Session:
         if since is not None and time.monotonic() - since > self._timeout:
             raise TransportError(
                 f"no connection to the MQTT broker at {self._host}:{self._port} for "
-                f"{self._timeout:.0f} s (MQTT_TIMEOUT): is it running, and are MQTT_BROKER and "
-                "MQTT_PORT right?"
+                f"{self._timeout:.0f} s (MQTT_TIMEOUT): {self._trouble}"
             )
         drops = self._drops
         if len(drops) == CONTESTED_DROPS and drops[-1] - drops[0] < CONTESTED_SECONDS:
@@ -364,7 +432,7 @@ class Session:
 
     def _on_connect(self, _c: Any, _u: Any, _f: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            log.warning("mqtt_refused", broker=f"{self._host}:{self._port}", reason=str(reason))
+            self._client.trouble = f"refused: {reason}"
             return
         self._packet_limit = getattr(properties, "MaximumPacketSize", MQTT_LIMIT)
         self._generation += 1
@@ -375,16 +443,29 @@ class Session:
         self._emit(Connected())
 
     def _on_connect_fail(self, _c: Any, _u: Any) -> None:
-        since = self._offline_since or time.monotonic()
-        log.info(
-            "mqtt_waiting_for_broker",
-            broker=f"{self._host}:{self._port}",
-            seconds=round(time.monotonic() - since, 1),
-            limit=self._timeout,
-        )
+        self._failed("mqtt_waiting_for_broker", self._client.trouble)
+
+    def _failed(self, event: str, trouble: str) -> None:
+        """An attempt to connect has."""
+        self._trouble = trouble
+        if self._may_tell():
+            since = self._offline_since or time.monotonic()
+            log.info(
+                event,
+                broker=f"{self._host}:{self._port}",
+                reason=trouble,
+                seconds=round(time.monotonic() - since, 1),
+                limit=self._timeout,
+            )
+
+    def _may_tell(self) -> bool:
+        return True
 
     def _on_disconnect(self, _c: Any, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
         if self._offline_since is not None:
+            if not self._stopping:
+                trouble = self._client.trouble or explain(None, True, self._tls)
+                self._failed("mqtt_refused", trouble)
             return
         self._offline_since = now = time.monotonic()
         self._drops.append(now)

@@ -9,6 +9,7 @@ to any of them comes out of one queue.
 import queue
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfog.transport import mqtt
+from fedfog.transport.tls import Identity
 
 CHECK_SECONDS = 1.0
 CONNECTS_AT_ONCE = 50
@@ -46,6 +48,7 @@ class Network(threading.Thread):
         self._selector.register(self._ears, selectors.EVENT_READ)
         self._joining: deque[SharedSession] = deque()
         self._writing: deque[SharedSession] = deque()
+        self._reading: set[SharedSession] = set()  # TLS has more, which no selector sees
         self._sessions: list[SharedSession] = []
         self._offline: dict[SharedSession, float] = {}  # and when to try again
         self._payloads: dict[str, bytes] = {}
@@ -113,6 +116,14 @@ class Network(threading.Thread):
             self._payloads[topic] = known = payload
         return known
 
+    def may_tell(self) -> bool:
+        """Whether a session may log that it does not get through; not all say the same."""
+        now = time.monotonic()
+        if now - self._told < CHECK_SECONDS:
+            return False
+        self._told = now
+        return True
+
     def _ring(self) -> None:
         with suppress(BlockingIOError):  # the thread has not heard earlier rings yet
             self._bell.send(b"\0")
@@ -138,7 +149,8 @@ class Network(threading.Thread):
                 self._check()
             self._connect(now)
             # Another thread may have added to them while the last ones were being written.
-            for key, ready in self._selector.select(0 if self._writing else self._wait(now)):
+            busy = self._writing or self._reading
+            for key, ready in self._selector.select(0 if busy else self._wait(now)):
                 if key.data is None:
                     with suppress(BlockingIOError):
                         while self._ears.recv(4096):
@@ -146,9 +158,11 @@ class Network(threading.Thread):
                     continue
                 session = key.data
                 if ready & selectors.EVENT_READ:
-                    session.paho.loop_read()
+                    self._reading.add(session)
                 if ready & selectors.EVENT_WRITE:
                     self._write(session)
+            for session in list(self._reading):
+                self._read(session)
             for _ in range(len(self._writing)):
                 self._write(self._writing.popleft())
             if self._ending and not any(session.paho.socket() for session in self._sessions):
@@ -164,10 +178,15 @@ class Network(threading.Thread):
         due = [session for session, at in self._offline.items() if at <= now]
         for session in due[:CONNECTS_AT_ONCE]:
             del self._offline[session]
-            if not session.connect(tell=now - self._told >= CHECK_SECONDS):
-                self._told = now
+            if not session.connect():
                 self._offline[session] = now + session.next_delay()
                 return
+
+    def _read(self, session: "SharedSession") -> None:
+        session.paho.loop_read()
+        sock = session.paho.socket()
+        if not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            self._reading.discard(session)
 
     def _write(self, session: "SharedSession") -> None:
         paho = session.paho
@@ -221,8 +240,9 @@ class SharedSession(mqtt.Session):
         subscriptions: Sequence[str],
         will: tuple[str, bytes] | None = None,
         timeout: float = 300.0,
+        tls: Identity | None = None,
     ) -> None:
-        super().__init__(client_id, host, port, subscriptions, will, timeout)
+        super().__init__(client_id, host, port, subscriptions, will, timeout, tls)
         self._network = network
         self.id = client_id
         self.closing = False
@@ -242,17 +262,24 @@ class SharedSession(mqtt.Session):
         self.acknowledge()
         self.paho.disconnect()
 
+    def renew(self) -> None:
+        """Connect anew after what is already on its way, with the certificate that is on disk now;
+        the will is not published."""
+        self.paho.disconnect()
+
     # Called by the network's thread
 
-    def connect(self, tell: bool) -> bool:
+    def connect(self) -> bool:
         """Try to connect; False if there is no broker."""
         try:
             self.paho.reconnect()
         except OSError:
-            if tell:
-                self._on_connect_fail(None, None)
+            self._on_connect_fail(None, None)
             return False
         return True
+
+    def _may_tell(self) -> bool:
+        return self._network.may_tell()
 
     def next_delay(self) -> float:
         """Seconds to the next attempt."""
