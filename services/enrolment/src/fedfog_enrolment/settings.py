@@ -48,6 +48,9 @@ class EnrolmentSettings(CommonSettings):
     )
     enrolment_host: str = Field("127.0.0.1", description="address that enrolment listens on")
     enrolment_port: int = Field(8443, ge=1, le=65535, description="port of enrolment")
+    guard_socket: Path = Field(
+        Path("guard/guard.sock"), description="Unix socket of the broker's guard"
+    )
 
     @field_validator("regions")
     @classmethod

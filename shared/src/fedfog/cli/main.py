@@ -5,12 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedfog.cli import identity
+
 app = typer.Typer(
     help="Federated learning over a fog.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(identity.token, name="token")
+app.add_typer(identity.client, name="client")
 
 
 @app.command()
