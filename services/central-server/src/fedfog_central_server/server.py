@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from fedfog import service
-from fedfog.control import Answer, ResumeCommand, RunCommand, StopCommand
+from fedfog.control import Answer, Asked, Control, ResumeCommand, RunCommand, StopCommand
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.messages.codec import CodecError, decode_json
 from fedfog.messages.schemas import Bell, Bridge
@@ -24,7 +24,6 @@ from fedfog.settings import CentralSettings
 from fedfog.transport import mqtt
 from fedfog.transport.tls import Identity
 from fedfog_central_server.active import ActiveRun, RunFailedError
-from fedfog_central_server.control import Asked, Control
 from fedfog_central_server.flower_side import FlowerSide
 from fedfog_central_server.learning import Evaluated, InitialModel, Learning, LearningFailed
 from fedfog_central_server.retained import RetainedModel
