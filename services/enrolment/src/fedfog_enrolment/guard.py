@@ -37,6 +37,7 @@ from fedfog import service
 from fedfog.files import write_atomically
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.settings import CommonSettings, load
+from fedfog.transport.tls import context
 from fedfog_enrolment import acl
 from fedfog_enrolment.ca import CAError, load_certificate
 
@@ -124,7 +125,7 @@ class Guard:
             GuardError: they are not to be used, or there is no broker.
             BrokerEndedError: see `install`.
         """
-        self._broker.wait()
+        self._broker.wait(START_SECONDS)
         self.install()
 
     def install(self, crl: bytes | None = None, access: str | None = None) -> None:
@@ -140,6 +141,7 @@ class Guard:
         # Nobody could write there before the broker has read this list.
         token = secrets.token_hex(8)
         try:
+            self._broker.wait(PROBE_SECONDS)  # what keeps the probes out should not end it
             checked = self._checked(crl_file.read_bytes() if crl is None else crl)
             text = acl_file.read_text() if access is None else access
             acl.check(text)
@@ -148,7 +150,7 @@ class Guard:
                 acl_file, acl.with_probe(text, self._broker.own(token)).encode(), mode=0o600
             )
             self._broker.reload()
-        except (OSError, ValueError, CAError) as error:
+        except (OSError, ValueError, CAError, GuardError) as error:
             log.error("lists_refused", reason=str(error))
             raise GuardError(f"not installed, the broker is as it was: {error}") from error
         self._revoked = frozenset(entry.serial_number for entry in checked)
@@ -178,8 +180,11 @@ class Guard:
         now = datetime.now(UTC)
         if crl.last_update_utc > now or crl.next_update_utc is None or crl.next_update_utc <= now:
             raise ValueError("the list of revoked certificates is out of date")
-        probe = load_certificate(self._pki / REVOKED / "tls.crt").serial_number
-        if missing := (self._revoked | {probe}) - {entry.serial_number for entry in crl}:
+        probe = load_certificate(self._pki / REVOKED / "tls.crt")
+        if probe.not_valid_after_utc <= now:
+            raise ValueError(f"the certificate of {REVOKED} has expired: fedfog-pki renews it")
+        before = self._revoked | {probe.serial_number}
+        if missing := before - {entry.serial_number for entry in crl}:
             raise ValueError(
                 f"the list of revoked certificates lacks {len(missing)} that were revoked before"
             )
@@ -198,16 +203,23 @@ class _Broker:
         """The one topic that the probe may write."""
         return f"{self._topics.prefix}/{acl.PROBE}/{token}"
 
-    def wait(self) -> None:
-        """Return when it takes connections: before, SIGHUP would end it.
+    def wait(self, seconds: float) -> None:
+        """Return when it takes the probe: before it has started, SIGHUP would end it.
 
         Raises:
-            GuardError: it does not, for START_SECONDS.
+            GuardError: it does not.
         """
-        self._try_until(time.monotonic() + START_SECONDS, [])
+        self._try_for(seconds, [])
 
     def reload(self) -> None:
-        """Have it read its lists. Raises OSError: BROKER_PID is not a process of this user."""
+        """Have it read its lists.
+
+        Raises:
+            OSError: BROKER_PID is not a process of this user, or `probe-revoked` lacks a file.
+        """
+        self._revoked = self._context(REVOKED)
+        # In TLS 1.3 the reason comes after the handshake, and may be lost.
+        self._revoked.maximum_version = ssl.TLSVersion.TLSv1_2
         os.kill(self._pid, signal.SIGHUP)
 
     def check(self, token: str) -> None:
@@ -218,18 +230,21 @@ class _Broker:
         """
         # Of two kinds: one that everybody reads, and one that is not for clients at all.
         forbidden = [self._topics.global_model, self._topics.cue]
-        codes = self._try_until(time.monotonic() + PROBE_SECONDS, [self.own(token), *forbidden])
+        codes = self._try_for(PROBE_SECONDS, [self.own(token), *forbidden])
         for topic, code in zip(forbidden, codes[1:], strict=True):
             if code != NOT_AUTHORIZED:
                 raise GuardError(f"it does not follow the access list: anybody may write {topic}")
         try:
-            self._visit(REVOKED, [])
-        except TimeoutError as error:
-            raise GuardError("it does not answer a revoked certificate") from error
+            self._visit(REVOKED, self._revoked, [])
+        except ssl.SSLError as error:
+            if (error.reason or "").endswith("CERTIFICATE_REVOKED"):
+                return
+            raise GuardError(f"it refuses a revoked certificate as another one: {error}") from error
         except OSError as error:
-            log.debug("revoked_refused", reason=str(error))
-        else:
-            raise GuardError("it takes revoked certificates")
+            raise GuardError(
+                f"it does not say what is wrong with a revoked one: {error}"
+            ) from error
+        raise GuardError("it takes revoked certificates")
 
     def end(self) -> None:
         """Terminate it, and kill it if it still listens END_SECONDS later. Where the two share a
@@ -245,15 +260,16 @@ class _Broker:
                 time.sleep(PAUSE_SECONDS)
         log.critical("broker_not_ended", pid=self._pid, setting="BROKER_PID")
 
-    def _try_until(self, deadline: float, topics: Sequence[str]) -> list[int]:
+    def _try_for(self, seconds: float, topics: Sequence[str]) -> list[int]:
         """The codes of a visit of the probe, as soon as it gets in and may write the first topic.
 
         Raises:
-            GuardError: it may not until `deadline`.
+            GuardError: it may not for so long.
         """
+        deadline = time.monotonic() + seconds
         while True:
             try:
-                codes = self._visit(acl.PROBE, topics)
+                codes = self._visit(acl.PROBE, self._context(acl.PROBE), topics)
                 if not topics or codes[0] < NOT_AUTHORIZED:
                     return codes
                 reason = f"it has not read the new access list: {topics[0]} is refused"
@@ -263,21 +279,22 @@ class _Broker:
                 raise GuardError(reason)
             time.sleep(PAUSE_SECONDS)
 
-    def _visit(self, reader: str, topics: Sequence[str]) -> list[int]:
-        """Connect with a reader's certificate and publish an empty message to each topic.
+    def _context(self, reader: str) -> ssl.SSLContext:
+        """Raises OSError: a file of the reader is missing or damaged."""
+        folder = self._pki / reader
+        return context(folder, folder / "tls.crt", folder / "tls.key")
+
+    def _visit(self, name: str, tls: ssl.SSLContext, topics: Sequence[str]) -> list[int]:
+        """Connect, and publish an empty message to each topic.
 
         Returns:
             The broker's reason code for each.
 
         Raises:
-            TimeoutError: there is no answer.
-            OSError: the certificate is refused, or the connection was cut.
+            OSError: the certificate is refused, the connection was cut, or there is no answer.
         """
-        folder = self._pki / reader
-        context = ssl.create_default_context(cafile=folder / "ca.crt")
-        context.load_cert_chain(folder / "tls.crt", folder / "tls.key")
-        client = paho.Client(CallbackAPIVersion.VERSION2, reader, protocol=paho.MQTTv5)
-        client.tls_set_context(context)
+        client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5)
+        client.tls_set_context(tls)
         connected = False
         codes: list[int] = []
 
@@ -319,6 +336,7 @@ def serve(settings: GuardSettings) -> int:
     place.unlink(missing_ok=True)
     listener = Listener(str(place), "AF_UNIX")
     place.chmod(0o666)  # enrolment is another user
+    log.info("guard_listens", socket=str(place))
     threading.Thread(target=_listen, args=(listener, asked.put), daemon=True).start()
     heartbeat = Heartbeat()
     while True:
@@ -330,15 +348,15 @@ def serve(settings: GuardSettings) -> int:
         if isinstance(event, service.StopRequested):
             return service.EXIT_OK
         lists, connection = event
-        answer = _Answer()
-        try:
-            guard.install(lists.crl and lists.crl.encode(), lists.acl)
-        except GuardError as error:
-            answer.error = str(error)
-            if isinstance(error, BrokerEndedError):
-                raise
-        finally:
-            _reply(connection, answer)
+        with connection:
+            try:
+                guard.install(None if lists.crl is None else lists.crl.encode(), lists.acl)
+            except GuardError as error:
+                _answer(connection, _Answer(error=str(error)))
+                if isinstance(error, BrokerEndedError):
+                    raise
+            else:
+                _answer(connection, _Answer())
 
 
 def _listen(listener: Listener, put: Callable[[Any], None]) -> None:
@@ -354,12 +372,11 @@ def _listen(listener: Listener, put: Callable[[Any], None]) -> None:
             connection.close()
 
 
-def _reply(connection: Connection, answer: _Answer) -> None:
-    with connection:
-        try:
-            connection.send_bytes(answer.model_dump_json().encode())
-        except OSError as error:  # who asked has gone
-            log.info("answer_not_taken", reason=str(error))
+def _answer(connection: Connection, answer: _Answer) -> None:
+    try:
+        connection.send_bytes(answer.model_dump_json().encode())
+    except OSError as error:  # who asked has gone
+        log.info("answer_not_taken", reason=str(error))
 
 
 def main() -> None:
