@@ -5,6 +5,7 @@ REGIONS ?= 1
 TIERS ?= 2
 SEED ?= 42
 SECONDS ?= 120
+SECURE ?=
 
 VENV ?= .venv
 # The first interpreter that is new enough; name another with `make env PYTHON=...`.
@@ -26,8 +27,8 @@ help: ## show this list
 
 env: $(INSTALLED) ## make the Python environment in .venv (first time: about a minute)
 
-demo: env ## federated training on this machine: CLIENTS=3 (per region) ROUNDS=3 REGIONS=1 TIERS=2 SEED=42
-	@$(VENV)/bin/fedfog demo --clients $(CLIENTS) --rounds $(ROUNDS) --regions $(REGIONS) --tiers $(TIERS) --seed $(SEED)
+demo: env ## federated training on this machine: CLIENTS=3 (per region) ROUNDS=3 REGIONS=1 TIERS=2 SEED=42 SECURE=1
+	@$(VENV)/bin/fedfog demo --clients $(CLIENTS) --rounds $(ROUNDS) --regions $(REGIONS) --tiers $(TIERS) --seed $(SEED) $(if $(SECURE),--secure)
 
 test: env ## all tests that need no Docker
 	$(VENV)/bin/pytest -m "not compose"

@@ -94,6 +94,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
     from fedfog.messages.codec import CodecError
     from fedfog.settings import CommonSettings, load
     from fedfog.transport import mqtt
+    from fedfog.transport.tls import Identity
 
     logs.configure("demo", "error")
     topics = load(CommonSettings).topics
@@ -111,6 +112,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
             topics.bridge("+"),
             topics.receipts("+"),
         ],
+        tls=Identity.of(federation.observer_dir),
     )
     session.start()
     federation.watch(session.events.put)

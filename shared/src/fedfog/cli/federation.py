@@ -19,7 +19,7 @@ import psutil
 
 from fedfog.cli import clients
 from fedfog.cli.broker import Kind, LocalBroker, free_port
-from fedfog.service import allow_open_files, spawn
+from fedfog.service import ServiceError, allow_open_files, spawn
 
 SERVER, BROKER = "central-server", "broker"
 STOP_SECONDS = 10.0
@@ -44,6 +44,7 @@ class Options:
     tiers: int = 2  # that average: the regions, aggregators above them, and the server
     processes: int | None = None  # for the clients of a region; None: one for each client
     client_module: str = ""  # run for each region in place of its clients
+    secure: bool = False  # TLS, identities and access lists, as in the compose stack
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,18 @@ class Federation:
         self.folder = options.runs_dir / run
         self.logs = self.folder / "logs"
         self.logs.mkdir(parents=True)
-        self.broker = LocalBroker(self.logs, options.broker)
+        self._pki = private / "pki" if options.secure else None
+        self.broker = LocalBroker(
+            self.logs, options.broker, tls_dir=self._pki and self._pki / "broker"
+        )
         self._tiers: list[Tier] = []
         self._options, self._private = options, private
-        self._flower_port = free_port()
+        self._flower_port, self._enrolment_port = free_port(), free_port()
+
+    @property
+    def observer_dir(self) -> Path | None:
+        """TLS_DIR of who only listens; None: the broker is plain MQTT."""
+        return self._pki and self._pki / "monitor"
 
     def start(self) -> None:
         """Start all tiers; the one whose chain of processes is the longest first.
@@ -117,8 +126,11 @@ class Federation:
         """
         options = self._options
         allow_open_files(options.clients * options.regions, "--clients")
+        if self._pki:
+            self._make_pki()
         server = self._env(
             SERVER,
+            **self._identity(SERVER),
             RUN_ID=self.folder.name,
             RUNS_DIR=options.runs_dir.resolve(),
             ROUNDS=options.rounds,
@@ -135,6 +147,12 @@ class Federation:
         self.broker.start()
         assert self.broker.process is not None
         self._tiers.append(Tier(BROKER, self.broker.process, self.logs / "broker.log"))
+        if self._pki:
+            guard = self._private / "guard.sock"
+            env = self._pki_env("guard", GUARD_SOCKET=guard, BROKER_PID=self.broker.process.pid)
+            self._start("guard", "fedfog_enrolment.guard", env)
+            env = self._pki_env("enrolment", GUARD_SOCKET=guard)
+            self._start("enrolment", "fedfog_enrolment.main", env)
         self._start_clients()
         for number, region in enumerate(self.below):
             name = f"{region}-aggregator"
@@ -145,12 +163,14 @@ class Federation:
                     # Those of the regions are enough; it has to be longer in each tier.
                     "ROUND_DEADLINE": options.time_limit + number,
                 }
+            settings |= self._identity(f"aggregator.{region}")
             parent = self._parents.get(region, "")
             env = self._env(name, REGION=region, PARENT_REGION=parent, **settings)
             self._start(name, "fedfog_aggregator.main", env)
         for region in self._top:
             name = f"{region}-bridge"
-            self._start(name, "fedfog_bridge.main", self._env(name, REGION=region))
+            env = self._env(name, REGION=region, **self._identity(f"bridge.{region}"))
+            self._start(name, "fedfog_bridge.main", env)
 
     def watch(self, put: Callable[[Ended], None]) -> None:
         """Have the end of each tier `put`, by a thread, whenever it comes."""
@@ -184,6 +204,37 @@ class Federation:
                 process.kill()
         psutil.wait_procs(family, STOP_SECONDS)
 
+    def _make_pki(self) -> None:
+        """Raises ServiceError: it cannot be made."""
+        log = self.logs / "pki.log"
+        code = spawn([sys.executable, "-m", "fedfog_enrolment.pki"], self._pki_env("pki"), log).wait()
+        if code:
+            raise ServiceError(f"no PKI ({log}): {log.read_text(errors='replace')[-500:]}")
+
+    def _pki_env(self, name: str, **settings: object) -> dict[str, str]:
+        parents = ",".join(f"{child}={parent}" for child, parent in self._parents.items())
+        return self._env(name) | {
+            "PKI_DIR": str(self._pki),
+            "REGIONS": ",".join(self.below),
+            "REGION_PARENTS": parents,
+            "ENROLMENT_PORT": str(self._enrolment_port),
+            **{key: str(value) for key, value in settings.items()},
+        }
+
+    def _identity(self, reader: str) -> dict[str, object]:
+        """Settings of a service that has its certificate from the PKI."""
+        return {"TLS_DIR": self._pki / reader} if self._pki else {}
+
+    def _admission(self, region: str) -> dict[str, object]:
+        """Settings of a client, which gets its certificate by itself."""
+        if not self._pki:
+            return {}
+        return {
+            "TLS_DIR": self._pki / "client",
+            "ENROLMENT_URL": f"https://localhost:{self._enrolment_port}",
+            "JOIN_TOKEN_FILE": self._pki / "join" / f"{region}.token",
+        }
+
     def _start(self, name: str, module: str, env: dict[str, str], *arguments: str) -> None:
         log = self.logs / f"{name}.log"
         self._tiers.append(
@@ -205,7 +256,11 @@ class Federation:
                 hosted = count * number // processes - count * (number - 1) // processes
                 name = f"{region}-client-{number}"
                 env = self._env(
-                    name, REGION=region, CLIENT_ID=f"client-{number}", CLIENTS_PER_PROCESS=hosted
+                    name,
+                    REGION=region,
+                    CLIENT_ID=f"client-{number}",
+                    CLIENTS_PER_PROCESS=hosted,
+                    **self._admission(region),
                 )
                 start.append(clients.Client(name, str(self.logs / f"{name}.log"), env))
         path = self._private / "clients.json"
@@ -223,6 +278,7 @@ class Federation:
             "MQTT_PORT": self.broker.port,
             "REGIONS": ",".join(self.regions),
             "FLOWER_SERVER": f"127.0.0.1:{self._flower_port}",
+            "TLS_DIR": "",
             "TASK": self._options.task,
             "DATA_DIR": self._options.data_dir.resolve(),
             "STATE_DIR": home,

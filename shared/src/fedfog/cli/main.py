@@ -44,6 +44,14 @@ def demo(
         Literal["auto", "mosquitto", "embedded"],
         typer.Option(help="auto: Mosquitto if it is installed, else the embedded one"),
     ] = "auto",
+    secure: Annotated[
+        bool,
+        typer.Option(
+            "--secure",
+            help="TLS, an identity for each client and access lists, as in the compose stack; "
+            "needs Mosquitto",
+        ),
+    ] = False,
     runs_dir: Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")] = Path(
         "runs"
     ),
@@ -70,6 +78,7 @@ def demo(
         local_epochs=local_epochs,
         task=task,
         broker=None if broker == "auto" else broker,
+        secure=secure,
         runs_dir=runs_dir,
         data_dir=data_dir,
         time_limit=time_limit,
