@@ -139,7 +139,7 @@ class TestHandshake:
         self, gate: Gate, tmp_path: Path, version: ssl.TLSVersion, what: str
     ) -> None:
         make, alert = REFUSED[what]
-        made = context(make(gate, tmp_path / "presented"), gate.pki / "client" / "ca.crt")
+        made = context(make(gate, tmp_path / "presented"), gate.pki / "client.r0" / "ca.crt")
         made.minimum_version = made.maximum_version = version
         said, answer = gate.knock(made)
         assert answer == b""
@@ -147,7 +147,7 @@ class TestHandshake:
             assert said.endswith(alert)
 
     def test_no_certificate_is_refused(self, gate: Gate, version: ssl.TLSVersion) -> None:
-        made = ssl.create_default_context(cafile=gate.pki / "client" / "ca.crt")
+        made = ssl.create_default_context(cafile=gate.pki / "client.r0" / "ca.crt")
         made.minimum_version = made.maximum_version = version
         said, answer = gate.knock(made)
         assert answer == b""
@@ -174,7 +174,7 @@ def test_plain_mqtt_is_refused(gate: Gate) -> None:
 
 def test_a_certificate_without_a_name_is_refused(gate: Gate, tmp_path: Path) -> None:
     folder = signed(tmp_path / "nameless", None, NAME, ca_key(gate))
-    _, answer = gate.knock(context(folder, gate.pki / "client" / "ca.crt"))
+    _, answer = gate.knock(context(folder, gate.pki / "client.r0" / "ca.crt"))
     assert (answer[0], answer[3]) == (CONNACK, BAD_USERNAME)
 
 

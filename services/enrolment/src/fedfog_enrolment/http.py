@@ -105,9 +105,11 @@ def _parsed(kind: type[Q], body: bytes) -> Q:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        # Only names of ours: what was sent may be a secret in a wrong place, and this is logged.
         detail = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in detail["loc"]) or "body"
-        raise RefusedError(HTTPStatus.BAD_REQUEST, f"{field}: {detail['msg']}") from error
+        fields = [name for name in detail["loc"] if name in kind.model_fields]
+        reason = f"{fields[0] if fields else 'body'}: {detail['msg']}"
+        raise RefusedError(HTTPStatus.BAD_REQUEST, reason) from error
 
 
 def _key_of(csr: str) -> ec.EllipticCurvePublicKey:

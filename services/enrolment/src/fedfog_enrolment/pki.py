@@ -4,9 +4,9 @@ Each reader has a folder in PKI_DIR, so that it can be given that folder alone:
 `<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl`, `nginx/` has
 `ca.crl`; `bridge.<region>/supernode.key` is the bridge's key at the SuperLink, whose public half is
 in `superlink/bridge.<region>.pub` (both as OpenSSH writes them); `ca/` is for enrolment only;
-`join/<region>.token` admits the clients of a region, and `client/` holds what those of the first
-region start with. What a user brought stays as it is: a CA with its key in `ca/`, or a certificate
-of another CA in a reader's folder. To change the CA, empty PKI_DIR.
+`join/<region>.token`, for enrolment, admits the clients of a region, which start with what
+`client.<region>/{ca.crt,token}` holds. What a user brought stays as it is: a CA with its key in
+`ca/`, or a certificate of another CA in a reader's folder. To change the CA, empty PKI_DIR.
 """
 
 import os
@@ -87,7 +87,8 @@ def ensure(
     for bridge in (f"bridge.{region}" for region in regions):
         _admit_bridge(pki, pki_dir / bridge, bridge)
     _write_tokens(pki, regions, token_hours)
-    pki.write("client", "ca.crt", pem(ca.certificate))
+    for region in regions:
+        pki.write(f"client.{region}", "ca.crt", pem(ca.certificate))
     pki.write("broker", "acl", acl(regions, topics, parents or {}).encode(), secret=True)
     crl = pki_dir / "broker" / "ca.crl"
     before = ca.revoked(crl) if crl.exists() else frozenset()
@@ -179,8 +180,7 @@ def _write_tokens(pki: _Pki, regions: Sequence[str], hours: float) -> None:
             if path.exists() and time.time() - path.stat().st_mtime < hours * 3600 * 2 / 3:
                 continue
         token = secrets.token_urlsafe(32).encode()
-        if region == regions[0]:
-            pki.write("client", "token", token, secret=True)
+        pki.write(f"client.{region}", "token", token, secret=True)
         pki.write("join", path.name, token, secret=True)
         log.info("join_token_made", region=region, path=str(path))
 
