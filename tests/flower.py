@@ -19,21 +19,43 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import Peer
-from fedfog.cli.broker import free_port
+from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.flower import FLOWER_ENVIRONMENT
-from fedfog.flower.fleet import run_status, submit_run
+from fedfog.flower.fleet import RunStatus, register_node, run_status, submit_run
 from fedfog.flower.grid import BellRung, BridgeSeen, FogEvent
 from fedfog.messages.codec import TensorTable, digest_of, encode
 from fedfog.messages.schemas import Bell, Bridge, ClientMetrics, PartialMeta
+from fedfog.transport import tls
 
 APP = Path(__file__).parent / "integration" / "flower_app"
 
 
-class SuperLink:
-    """A SuperLink process on loopback, with its state in memory."""
+class TwoDoors(LocalBroker):
+    """A broker with a door for certificates, each of which is one session, and one for the test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pki: Path) -> None:
+        super().__init__(folder, "mosquitto")
+        self.tls_port, files = free_port(), pki / "broker"
+        with self._config.open("a") as config:
+            config.write(
+                f"listener {self.tls_port} 127.0.0.1\n"
+                f"cafile {files}/ca.crt\ncertfile {files}/tls.crt\nkeyfile {files}/tls.key\n"
+                "require_certificate true\nuse_identity_as_username true\n"
+                "use_username_as_clientid true\n"
+            )
+
+
+class SuperLink:
+    """A SuperLink process on loopback, with its state in memory.
+
+    Args:
+        pki: a PKI's folder: it speaks TLS, and admits the bridges that have their key there.
+    """
+
+    def __init__(self, folder: Path, pki: Path | None = None) -> None:
         self.folder, self.port = folder, free_port()
+        self.tls_dir = pki / "superlink" if pki else None
+        self.tls = tls.context(self.tls_dir) if self.tls_dir else None
         self.address = f"127.0.0.1:{self.port}"
         self.log = folder / "superlink.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -48,7 +70,13 @@ class SuperLink:
             "FLWR_LOG_LEVEL": "DEBUG",
             "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
         }
-        arguments = ["--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port)]
+        if self.tls_dir is None:
+            arguments += ["--insecure"]
+        else:
+            for option, name in (("ca-cert", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key")):
+                arguments += [f"--ssl-{option}file", str(self.tls_dir / name)]
+            arguments += ["--enable-supernode-auth"]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedfog.flower.superlink", *arguments],
@@ -61,6 +89,8 @@ class SuperLink:
         while not self._healthy():
             assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
             time.sleep(0.05)
+        for key in sorted(self.tls_dir.glob("*.pub")) if self.tls_dir else []:
+            register_node(self.address, key.stem, key.read_bytes(), self.tls)
         return self
 
     def stop(self) -> None:
@@ -74,14 +104,16 @@ class SuperLink:
         """Start the tests' ServerApp; `_` in a name of its configuration stands for `-`."""
         out = self.folder / f"out-{time.monotonic_ns()}.jsonl"
         named = {key.replace("_", "-"): value for key, value in config.items()}
-        return FlowerRun(self, submit_run(self.address, APP, {**named, "out": str(out)}), out)
+        run_id = submit_run(self.address, APP, {**named, "out": str(out)}, self.tls)
+        return FlowerRun(self, run_id, out)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
 
     def _healthy(self) -> bool:
+        url = f"http{'s' if self.tls else ''}://{self.address}/health"
         try:
-            with urllib.request.urlopen(f"http://{self.address}/health", timeout=2) as answer:
+            with urllib.request.urlopen(url, timeout=2, context=self.tls) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
@@ -103,7 +135,7 @@ class FlowerRun:
         deadline = time.monotonic() + timeout
         while len(self.rounds) < number:
             assert time.monotonic() < deadline, self.superlink.tail()
-            status = run_status(self.superlink.address, self.run_id)
+            status = self._status()
             failed = status.finished and status.state != "finished:completed"
             assert not failed, f"{status}\n{self.superlink.tail()}"
             time.sleep(0.1)
@@ -112,10 +144,13 @@ class FlowerRun:
     def wait_state(self, state: str, timeout: float = 60.0) -> str:
         """Wait for the run's state; returns its details."""
         deadline = time.monotonic() + timeout
-        while (status := run_status(self.superlink.address, self.run_id)).state != state:
+        while (status := self._status()).state != state:
             assert time.monotonic() < deadline, f"{status}\n{self.superlink.tail()}"
             time.sleep(0.1)
         return status.details
+
+    def _status(self) -> RunStatus:
+        return run_status(self.superlink.address, self.run_id, self.superlink.tls)
 
 
 def partial(
@@ -207,8 +242,17 @@ class PlayedFog:
     def cue(self, run: str, round_: int) -> None:
         self.cues.append((run, round_))
 
-    def bridge(self, region: str, node_id: int | None, boot: int = 1, online: bool = True) -> None:
-        bridge = Bridge(online=online, boot=boot, node_id=node_id if online else None)
+    def bridge(
+        self,
+        region: str,
+        node_id: int | None,
+        boot: int = 1,
+        session: int = 1,
+        online: bool = True,
+    ) -> None:
+        bridge = Bridge(online=False, boot=boot)
+        if online:
+            bridge = Bridge(online=True, boot=boot, node_id=node_id, session=session)
         self.events.put(BridgeSeen(region, bridge))
 
     def bell(self, region: str, message: Message) -> None:

@@ -102,16 +102,24 @@ class TestExchange:
         assert exchange(grid) == ["a"]
         assert "of-another-run" not in flower.pulls
 
-    @pytest.mark.parametrize(("node_id", "boot"), [(B, 2), (A, 2), (B, 1)])
-    def test_bridge_with_a_new_boot_or_node_gets_the_message_again(
-        self, grid: FogGrid, flower: PlayedFlower, fog: PlayedFog, node_id: int, boot: int
+    @pytest.mark.parametrize(
+        ("node_id", "boot", "session"), [(B, 2, 1), (A, 2, 1), (B, 1, 1), (A, 1, 2)]
+    )
+    def test_bridge_with_a_new_boot_node_or_session_gets_the_message_again(
+        self,
+        grid: FogGrid,
+        flower: PlayedFlower,
+        fog: PlayedFog,
+        node_id: int,
+        boot: int,
+        session: int,
     ) -> None:
         fog.bridge("a", A)
 
         def restart() -> None:
             answer(flower, fog, {node_id: "a"})
             fog.bridge("a", None, online=False)
-            fog.bridge("a", node_id, boot)
+            fog.bridge("a", node_id, boot, session)
 
         later(restart)
         assert exchange(grid) == ["a"]

@@ -7,6 +7,7 @@ Everything that happens becomes one of the events below in the server's queue.
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from pydantic import ValidationError
 from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.service import ServiceError, spawn
 from fedfog.settings import CentralSettings
+from fedfog.transport import tls
 from fedfog_central_server.link import (
     SOCKET_VARIABLE,
     FromServerApp,
@@ -39,6 +41,7 @@ log = structlog.get_logger()
 BOOT_SECONDS = 60.0
 PORT_SECONDS = 5.0
 TERMINATE_SECONDS = 3.0
+REGISTER_EVERY = 2.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class FlowerTier:
         everywhere = settings.flower_host in ("0.0.0.0", "::")
         host = "127.0.0.1" if everywhere else settings.flower_host
         self._address = f"{host}:{settings.flower_port}"
+        self._tls_dir = settings.superlink_dir
+        self._tls: ssl.SSLContext | None = None
         path = str(folder / "server.sock")
         self._listener = Listener(path, "AF_UNIX", backlog=8)
         self._pids: dict[Connection, int] = {}  # of the ServerApps that are connected
@@ -108,12 +113,16 @@ class FlowerTier:
 
         Raises:
             ServiceError: FLOWER_PORT is taken.
+            IdentityError: SUPERLINK_TLS_DIR has no CA certificate.
         """
         self._wait_for_port()
         settings = self._settings
-        command = [sys.executable, "-m", "fedfog.flower.superlink", "--insecure"]
+        command = [sys.executable, "-m", "fedfog.flower.superlink"]
         command += ["--host", settings.flower_host, "--port", str(settings.flower_port)]
+        command += self._tls_arguments()
         self._superlink = process = spawn(command, self._environment)
+        if self._tls_dir is not None:
+            _in_background(self._register, process, self._tls_dir)
 
         def wait() -> None:
             self._put(SuperLinkExited(process.wait()))
@@ -164,6 +173,17 @@ class FlowerTier:
         self.end_superlink()
         self._listener.close()
 
+    def _tls_arguments(self) -> list[str]:
+        if (folder := self._tls_dir) is None:
+            return ["--insecure"]
+        self._tls = tls.context(folder)
+        return [
+            f"--ssl-ca-certfile={folder / 'ca.crt'}",
+            f"--ssl-certfile={folder / 'tls.crt'}",
+            f"--ssl-keyfile={folder / 'tls.key'}",
+            "--enable-supernode-auth",
+        ]
+
     def _wait_for_port(self) -> None:
         """A SuperLink that died a moment ago may still hold it. Somebody else's would take our
         run for its own."""
@@ -188,6 +208,26 @@ class FlowerTier:
 
     # Threads
 
+    def _register(self, process: Popen[bytes], folder: Path) -> None:
+        """Admit the bridges whose public keys are in `folder`, also those that come there later:
+        a SuperLink that starts knows none."""
+        with suppress(TimeoutError):  # then it has no use, and the submission of a run says so
+            self._healthy()
+        from fedfog.flower import fleet
+
+        admitted: set[Path] = set()
+        while process.poll() is None:
+            for path in sorted(set(folder.glob("*.pub")) - admitted):
+                try:
+                    key = path.read_bytes()
+                    fleet.register_node(self._address, path.stem, key, self._tls)
+                except (fleet.ControlError, OSError) as error:
+                    log.error("bridge_not_registered", key=str(path), reason=str(error))
+                else:
+                    log.info("bridge_registered", bridge=path.stem)
+                    admitted.add(path)
+            time.sleep(REGISTER_EVERY)
+
     def _submit(self, ticket: int, config: dict[str, str | int], replaces: int | None) -> None:
         try:
             if not self._healthy():
@@ -202,7 +242,8 @@ class FlowerTier:
             if replaces is not None:
                 self._stop(replaces)
             with as_file(files("fedfog.flower") / "app") as folder:
-                self._put(Submitted(ticket, fleet.submit_run(self._address, folder, config)))
+                run = fleet.submit_run(self._address, folder, config, self._tls)
+            self._put(Submitted(ticket, run))
         except (fleet.ControlError, OSError) as error:
             self._put(SubmitFailed(ticket, str(error)))
 
@@ -210,22 +251,24 @@ class FlowerTier:
         from fedfog.flower import fleet
 
         try:
-            fleet.stop_run(self._address, flower_run)
+            fleet.stop_run(self._address, flower_run, self._tls)
         except fleet.ControlError as error:
             log.debug("flower_run_not_stopped", run=flower_run, reason=str(error))
 
     def _healthy(self) -> bool:
         """Wait for the SuperLink; False if it has ended, which is an event of its own."""
         deadline = time.monotonic() + BOOT_SECONDS
+        url = f"{'https' if self._tls else 'http'}://{self._address}/health"
         while self.alive:
             try:
-                with urlopen(f"http://{self._address}/health", timeout=2.0):
+                with urlopen(url, timeout=2.0, context=self._tls):
                     log.debug("superlink_up", address=self._address)
                     return True
-            except (URLError, OSError):
+            except (URLError, OSError) as error:
+                reason = str(error)
                 time.sleep(0.05)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the SuperLink is not healthy after {BOOT_SECONDS:.0f} s")
+                raise TimeoutError(f"no answer of the SuperLink in {BOOT_SECONDS:.0f} s: {reason}")
         return False
 
     def _accept(self) -> None:

@@ -1,11 +1,12 @@
 """The fog bridge as a standard Flower ClientApp, for the stock `flower-supernode`.
 
-Flower starts a process for each message, so each opens an MQTT session of its own, takes the
-region's retained partial, or waits for it as long as the message lives, and answers with it. The
-settings come from the environment, as everywhere.
+Flower starts a process for each message. The region's partial comes from the bridge's file, into
+which `SuperNodeBridge` writes it: the broker allows one session to each identity, and the bridge
+has it. The settings come from the environment, as everywhere.
 """
 
 import time
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -14,7 +15,8 @@ from fedfog.flower.reply import pack, run_and_round
 from fedfog.messages.codec import CodecError, decode_meta
 from fedfog.messages.schemas import PartialMeta
 from fedfog.settings import BridgeSettings, load
-from fedfog.transport import mqtt
+
+LOOK_EVERY = 0.05
 
 app = ClientApp()
 
@@ -25,28 +27,24 @@ def train(message: Message, _context: Context) -> Message:
 
     Raises:
         TimeoutError: the partial did not come before the message expired.
-        TransportError: the MQTT broker cannot be reached.
     """
     settings = load(BridgeSettings)
     wanted = run_and_round(message)
+    file, seen = partial_file(settings), -1
     metadata = message.metadata
     deadline = time.monotonic() + metadata.created_at + metadata.ttl - time.time()
-    session = mqtt.Session(
-        f"fedfog-bridge-{settings.region}-{metadata.message_id[:12]}",
-        settings.mqtt_broker,
-        settings.mqtt_port,
-        [settings.topics.partial_of(settings.region)],
-        timeout=settings.mqtt_timeout,
-    )
-    session.start()
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            event = session.next(left)
-            if isinstance(event, mqtt.Received) and _key(event.payload) == wanted:
-                return Message(pack(settings.region, event.payload), reply_to=message)
-    finally:
-        session.stop()
+    while time.monotonic() < deadline:
+        if file.exists() and (inode := file.stat().st_ino) != seen:
+            seen, payload = inode, file.read_bytes()
+            if _key(payload) == wanted:
+                return Message(pack(settings.region, payload), reply_to=message)
+        time.sleep(LOOK_EVERY)
     raise TimeoutError(f"no partial of round {wanted[1]} from region {settings.region}")
+
+
+def partial_file(settings: BridgeSettings) -> Path:
+    """Where the newest partial of the region lies; it is only ever replaced as a whole."""
+    return settings.state_dir / "partial"
 
 
 def _key(payload: bytes) -> tuple[str, int] | None:

@@ -9,6 +9,7 @@ from fedfog.messages.codec import CodecError, decode_json
 from fedfog.messages.schemas import Bridge
 from fedfog.settings import BridgeSettings
 from fedfog.transport import mqtt
+from fedfog.transport.tls import Identity
 
 log = structlog.get_logger()
 
@@ -24,6 +25,7 @@ class Presence:
         self.boot = next_boot(settings.state_dir)
         self.superseded = False
         self._up = False
+        self._sessions = 0
         self._topic = settings.topics.bridge(settings.region)
         self._offline = Bridge(online=False, boot=self.boot)
         self._state: Bridge | None = None  # nothing to tell yet
@@ -34,11 +36,14 @@ class Presence:
             [*subscriptions, self._topic],
             will=(self._topic, self._offline.to_json()),
             timeout=settings.mqtt_timeout,
+            tls=Identity.of(settings.tls_dir),
         )
 
     def online(self, node_id: int | None) -> None:
-        """Announce that this node answers for the region; None: some node of a SuperNode does."""
-        self._state = Bridge(online=True, boot=self.boot, node_id=node_id)
+        """Announce a new session, in which this node answers for the region; None: some node of
+        a SuperNode does."""
+        self._sessions += 1
+        self._state = Bridge(online=True, boot=self.boot, node_id=node_id, session=self._sessions)
         self._publish()
 
     def offline(self) -> None:

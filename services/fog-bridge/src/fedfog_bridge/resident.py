@@ -2,8 +2,7 @@
 
 One loop and one thread for both sides. It looks for a train message when the server's cue comes,
 and every `POLL_SECONDS` in case a cue was lost. A SuperLink that is absent, gone or restarted is
-waited for; each new session has a new node id, which is announced, so that the server pushes
-again what the old one held.
+waited for; each new session is announced, so that the server pushes again what the old one held.
 """
 
 import random
@@ -22,6 +21,7 @@ from fedfog.messages.codec import CodecError, decode_meta
 from fedfog.messages.schemas import Bell, PartialMeta
 from fedfog.settings import BridgeSettings
 from fedfog.transport import mqtt
+from fedfog_bridge.node import open_session
 from fedfog_bridge.presence import Presence
 
 log = structlog.get_logger()
@@ -143,7 +143,7 @@ class ResidentBridge:
     def _connect(self) -> None:
         if time.monotonic() < self._retry_at:
             return
-        self._fleet = FleetSession(self._settings.flower_server)
+        self._fleet = open_session(self._settings)
         log.info("bridge_online", node_id=self._fleet.node_id, attempts=self._attempts + 1)
         self._attempts = 0
         self._presence.online(self._fleet.node_id)

@@ -1,5 +1,6 @@
 """Everything that uses names which Flower does not promise to keep: a node's session with the
-SuperLink (Fleet API), and submitting and watching a run (Control API), both in process.
+SuperLink (Fleet API), and registering nodes, submitting and watching a run (Control API), both in
+process.
 
 `FleetSession` speaks to the SuperLink through Flower's HTTP client itself and not through
 `http_request_response`, on which the stock SuperNode is built: that one retries for ever, logs and
@@ -9,18 +10,22 @@ restarted, so that only a supervisor could bring the node back.
 
 import hashlib
 import importlib
+import ssl
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 import structlog
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.app import Message, RecordDict
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -46,6 +51,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedfog.files import write_atomically
+from fedfog.transport.tls import IdentityError
 
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
@@ -73,41 +81,92 @@ class ControlError(Exception):
     """The SuperLink refused a command; the text is its reason."""
 
 
+@dataclass(frozen=True)
+class NodeIdentity:
+    """Who a node is to a SuperLink that speaks TLS and admits registered keys only.
+
+    Args:
+        tls: trusts the SuperLink; its certificate is for a proxy in front of it.
+        key: the node's private key; the SuperLink knows the public one.
+        node_file: keeps the node id of the latest session. A SuperLink gives a key one node id for
+            as long as it lives, and admits it once at a time: who was killed has to sign off by
+            this id, or waits a minute until the SuperLink misses its heartbeat.
+    """
+
+    tls: ssl.SSLContext
+    key: ec.EllipticCurvePrivateKey
+    node_file: Path
+
+    @classmethod
+    def read(cls, tls: ssl.SSLContext, key_file: Path, node_file: Path) -> Self:
+        """The identity whose key, of a NIST curve, is in a file in OpenSSH's format.
+
+        Raises:
+            IdentityError: the file is no such key.
+            OSError: it cannot be read.
+        """
+        try:
+            key = load_ssh_private_key(key_file.read_bytes(), None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise IdentityError(f"{key_file} is no private key of OpenSSH: {error}") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise IdentityError(f"{key_file} is no private key of a NIST curve")
+        return cls(tls, key, node_file)
+
+
 class FleetSession:
-    """A node's session with a SuperLink. Its node id is new in every session.
+    """A node's session with a SuperLink.
 
     `next_message` also sends the node's heartbeat, so call it at least every few seconds.
 
     Args:
         address: host:port of the SuperLink.
+        identity: of a registered node; default: plain HTTP, with a key and a node id that are new
+            in every session.
 
     Raises:
         SuperLinkLostError: by every method, when the session has come to its end.
     """
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        keys = generate_key_pairs()
-        public_key = public_key_to_bytes(keys[1])
+    def __init__(self, address: str, identity: NodeIdentity | None = None) -> None:
+        self._address, self._identity = address, identity
+        key = generate_key_pairs()[0] if identity is None else identity.key
+        public_key = public_key_to_bytes(key.public_key())
         self._client = FleetHttpClient(
-            f"http://{address}",
+            **_way_to(address, identity.tls if identity else None),
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(*keys),
+                NodeAuthHttpInterceptor(key, key.public_key()),
             ],
             timeout=CALL_TIMEOUT,
         )
         try:
-            self._call(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=public_key))
+            if identity is None:
+                request = RegisterNodeFleetRequest(public_key=public_key)
+                self._call(self._client.RegisterNode, request)
+            else:
+                self._sign_off_former(identity)
             active = self._call(
                 self._client.ActivateNode,
                 ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_INTERVAL),
             )
-        except SuperLinkLostError:
+            if identity is not None:
+                write_atomically(identity.node_file, str(active.node_id).encode())
+        except (SuperLinkLostError, OSError):
             self._client.close()
             raise
         self._node = Node(node_id=active.node_id)
         self._heartbeat_due = time.monotonic() + HEARTBEAT_EVERY
+
+    def _sign_off_former(self, identity: NodeIdentity) -> None:
+        # Without the file there was none, or this one waits until it is missed.
+        with suppress(FileNotFoundError, ValueError):
+            former = DeactivateNodeRequest(node_id=int(identity.node_file.read_bytes()))
+            try:
+                self._call(self._client.DeactivateNode, former)
+            except SuperLinkLostError as error:
+                # It signed off itself, or the SuperLink is another one since.
+                log.debug("former_session_not_signed_off", reason=str(error))
 
     @property
     def node_id(self) -> int:
@@ -129,9 +188,9 @@ class FleetSession:
         try:
             if sign_off:
                 self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
-                self._call(
-                    self._client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id)
-                )
+                if self._identity is None:
+                    request = UnregisterNodeFleetRequest(node_id=self.node_id)
+                    self._call(self._client.UnregisterNode, request)
         except (SuperLinkLostError, MessageLostError) as error:
             log.info("flower_sign_off_failed", error=str(error))
         finally:
@@ -229,12 +288,24 @@ class FleetSession:
                     "it does not know this node (it was restarted, or this host's clock is more "
                     "than 5 s ahead of it or 5 minutes behind)"
                 )
+            elif status == httpx.codes.PRECONDITION_FAILED:
+                reason += (
+                    " The server has not registered this bridge's key (SUPERLINK_TLS_DIR), or "
+                    "another bridge with this key is online"
+                )
             raise SuperLinkLostError(
                 f"SuperLink {self._address} answered {status}: {reason}"
             ) from error
         except (httpx.TransportError, ValueError) as error:
             kind = type(error).__name__
             raise SuperLinkLostError(f"SuperLink {self._address}: {kind}: {error}") from error
+
+
+def _way_to(address: str, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Arguments of Flower's HTTP clients."""
+    if tls is None:
+        return {"base_url": f"http://{address}"}
+    return {"base_url": f"https://{address}", "verify": tls}
 
 
 def _reason(error: httpx.HTTPStatusError) -> str:
@@ -259,7 +330,37 @@ class RunStatus:
         return self.state.startswith("finished")
 
 
-def submit_run(address: str, app_dir: Path, run_config: Mapping[str, str | int | float]) -> int:
+def register_node(
+    address: str, name: str, public_key: bytes, tls: ssl.SSLContext | None = None
+) -> None:
+    """Admit the node that has this key, of a NIST curve, in OpenSSH's format.
+
+    Args:
+        tls: trusts the SuperLink; default: it speaks plain HTTP. So in the functions below.
+
+    Raises:
+        ControlError: it is no such key, the SuperLink has it already, or cannot be reached.
+    """
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    try:
+        key = load_ssh_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ControlError(f"no public key in OpenSSH's format: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ControlError("no public key of a NIST curve")
+    # A node shows its key in PEM, and the SuperLink compares the bytes.
+    pem = public_key_to_bytes(key)
+    with _control(address, tls) as client:
+        client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
+
+
+def submit_run(
+    address: str,
+    app_dir: Path,
+    run_config: Mapping[str, str | int | float],
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """Start the Flower app in `app_dir` (a folder with its pyproject.toml) and return the run id.
 
     Raises:
@@ -275,11 +376,11 @@ def submit_run(address: str, app_dir: Path, run_config: Mapping[str, str | int |
     request = StartRunRequest(
         fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
     )
-    with _control(address) as client:
+    with _control(address, tls) as client:
         return client.StartRun(request).run_id
 
 
-def stop_run(address: str, run_id: int) -> None:
+def stop_run(address: str, run_id: int, tls: ssl.SSLContext | None = None) -> None:
     """Stop a run.
 
     Raises:
@@ -287,11 +388,11 @@ def stop_run(address: str, run_id: int) -> None:
     """
     from flwr.proto.control_pb2 import StopRunRequest
 
-    with _control(address) as client:
+    with _control(address, tls) as client:
         client.StopRun(StopRunRequest(run_id=run_id))
 
 
-def run_status(address: str, run_id: int) -> RunStatus:
+def run_status(address: str, run_id: int, tls: ssl.SSLContext | None = None) -> RunStatus:
     """State of a run.
 
     Raises:
@@ -299,18 +400,18 @@ def run_status(address: str, run_id: int) -> RunStatus:
     """
     from flwr.proto.control_pb2 import ListRunsRequest
 
-    with _control(address) as client:
+    with _control(address, tls) as client:
         status = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
     state = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
     return RunStatus(state, status.details)
 
 
 @contextmanager
-def _control(address: str) -> Iterator["ControlHttpClient"]:
+def _control(address: str, tls: ssl.SSLContext | None) -> Iterator["ControlHttpClient"]:
     from flwr.supercore.control import ControlHttpClient
 
     interceptor = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
-    client = ControlHttpClient(f"http://{address}", interceptors=[interceptor])
+    client = ControlHttpClient(**_way_to(address, tls), interceptors=[interceptor])
     try:
         yield client
     except httpx.HTTPStatusError as error:

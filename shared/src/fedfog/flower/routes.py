@@ -1,4 +1,9 @@
-"""Shorter ways through the SuperLink's HTTP server, which takes most of a small round.
+"""Ways through the SuperLink's HTTP server: closed ones, and shorter ones.
+
+Flower takes a run, which is Python code for the server to run, from whoever reaches the port, also
+where nodes need a registered key. Here, everything but the Fleet API is for this host alone.
+
+The time that a request needs in the server is most of a small round.
 
 Every request passes the eight middlewares of Flower's three APIs one after the other. Six of them
 do nothing for the paths of another API; those are passed by. And each is a Starlette
@@ -20,7 +25,7 @@ from flwr.superlink.routers.control import router as control
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, _CachedRequest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # The paths that a middleware does anything for, by the beginning of its name.
@@ -31,6 +36,23 @@ _PATHS = {
 }
 _EVERY_PATH = ("/",)
 _WHOLE_ANSWERS = ("/v1/fleet/", "/v1/runtime/")
+_FOR_OTHER_HOSTS = ("/v1/fleet/", "/health")
+
+
+class _Closed:
+    """Refuses other hosts what is not for them. Who comes from this host comes from the very
+    address that it went to, on loopback or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        here = scope["type"] == "lifespan" or scope["client"][0] == scope["server"][0]
+        if here or scope["path"].startswith(_FOR_OTHER_HOSTS):
+            await self._app(scope, receive, send)
+        else:
+            refusal = PlainTextResponse("This API is for the SuperLink's own host.", 403)
+            await refusal(scope, receive, send)
 
 
 class _Short:
@@ -83,7 +105,7 @@ async def _here(look_up: Callable[..., Any], **arguments: Any) -> Any:
     return look_up(**arguments)
 
 
-def shorten() -> None:
+def lay_ways() -> None:
     """Have the SuperLink's app, when it is made, go these ways."""
     all_middleware, make_app = superlink._get_middleware, superlink.create_app
 
@@ -92,6 +114,7 @@ def shorten() -> None:
 
     def create_app(*args: Any, **kwargs: Any) -> FastAPI:
         app = make_app(*args, **kwargs)
+        app.add_middleware(_Closed)
         app.routes.sort(key=lambda route: getattr(route, "original_router", None) is control)
         return app
 

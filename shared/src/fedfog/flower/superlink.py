@@ -1,6 +1,6 @@
 """`python -m fedfog.flower.superlink`: Flower's `flower-superlink` with the same arguments.
 
-Three things are different:
+Four things are different:
 
 - The SuperExec, and the ServerApps that it starts, are forked from here with all modules loaded.
   As commands of their own, which Flower makes of them, each loads the same modules again: 1.2 s of
@@ -9,6 +9,7 @@ Three things are different:
 - The heap of loaded modules is frozen. A full collection of it would hold the interpreter's lock
   for 60-77 ms in the middle of a round (p95 of a round of two regions 217 -> 141 ms), and would
   write to all the memory that the forked processes share.
+- Only this host may submit runs and take tasks, and requests go shorter ways (`routes.py`).
 """
 
 import ctypes
@@ -90,10 +91,10 @@ def _show_as(name: str) -> None:
 def main() -> None:
     gc.disable()  # while modules are loaded, there is nothing to collect: 0.2 s of a core
     from fedfog.flower.fleet import load_commands
-    from fedfog.flower.routes import shorten
+    from fedfog.flower.routes import lay_ways
 
     _commands.update(load_commands())
-    shorten()
+    lay_ways()
     gc.freeze()
     gc.enable()
     subprocess.Popen = _Popen  # type: ignore[assignment, misc]
