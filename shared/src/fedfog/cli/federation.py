@@ -230,9 +230,9 @@ class Federation:
         if not self._pki:
             return {}
         return {
-            "TLS_DIR": self._pki / "client",
+            "TLS_DIR": self._pki / f"client.{region}",
             "ENROLMENT_URL": f"https://localhost:{self._enrolment_port}",
-            "JOIN_TOKEN_FILE": self._pki / "join" / f"{region}.token",
+            "JOIN_TOKEN_FILE": self._pki / f"client.{region}" / "token",
         }
 
     def _start(self, name: str, module: str, env: dict[str, str], *arguments: str) -> None:
