@@ -40,6 +40,8 @@ class CheckpointError(Exception):
 class CheckpointMeta(Payload):
     """Fields of a checkpoint."""
 
+    max_bytes = 2 * RoundRecord.max_bytes
+
     digest: Digest  # of record, tensor table and tensors
     record: RoundRecord
 

@@ -18,11 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from fedfog.messages.schemas import Payload
+
 MAX_HEADER_BYTES = 1 << 20
+# No tensor of a message has more dimensions, or more elements than MQTT has a length for. Without
+# these limits the product of a shape that a header claims could take minutes.
+MAX_DIMENSIONS, MAX_ELEMENTS = 32, 1 << 26
+# Errors of a payload are described one by one up to this number; to describe a million of them
+# would cost far more than the payload.
+DESCRIBED_ERRORS = 100
+REASON_CHARACTERS = 200
 _LENGTH = 8
 
 Vector = NDArray[np.float32]
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=Payload)
 
 
 class CodecError(ValueError):
@@ -109,13 +118,19 @@ def decode(
 ) -> TensorMessage[M]:
     """Read a message without copying its tensors.
 
-    Nothing is allocated from a size that the payload claims. With `expected`, the tensor table
-    must be that one; without, any table of gapless float32 tensors in order of names is taken.
+    Nothing is allocated from a size that the payload claims, and no more is parsed than a message
+    of this kind may have. With `expected`, the tensor table must be that one; without, any table
+    of gapless float32 tensors in order of names is taken.
 
     Raises:
         CodecError: if the payload is anything else.
     """
-    text, body = _split(payload)
+    if expected is None:
+        text, body = _split(payload, max(MAX_HEADER_BYTES, schema.max_bytes))
+    else:
+        # Another tool may write the same table with blanks.
+        text, body = _split(payload, 2 * len(expected.tail) + schema.max_bytes)
+        _check_size(payload, body, expected)
     # The table is the longest part, and most senders write it as `encode` does.
     if expected is not None and text.endswith(expected.tail):
         meta = _meta(header := _object(text.removesuffix(expected.tail) + b"}"), schema)
@@ -126,8 +141,7 @@ def decode(
     if expected is not None and not same:
         raise CodecError("the tensor table (names, dtypes, shapes) is not the model's")
     table = expected or _table(header)
-    if len(payload) - body != 4 * table.num_parameters:
-        raise CodecError(f"{len(payload) - body} bytes of tensors, not {4 * table.num_parameters}")
+    _check_size(payload, body, table)
     vector = np.frombuffer(payload, np.float32, offset=body)
     vector.flags.writeable = False
     return TensorMessage(meta, table, vector)
@@ -139,7 +153,7 @@ def decode_meta(payload: bytes, schema: type[M]) -> M:
     Raises:
         CodecError: if the header is not one of this format.
     """
-    return _meta(_object(_split(payload)[0]), schema)
+    return _meta(_object(_split(payload, max(MAX_HEADER_BYTES, schema.max_bytes))[0]), schema)
 
 
 def decode_json(payload: bytes, schema: type[M]) -> M:
@@ -148,16 +162,19 @@ def decode_json(payload: bytes, schema: type[M]) -> M:
     Raises:
         CodecError: if the payload does not fit the schema.
     """
-    try:
-        return schema.model_validate_json(payload)
-    except ValidationError as error:
-        raise CodecError(_first(error)) from error
+    return _fields(payload, schema)
 
 
-def _split(payload: bytes) -> tuple[bytes, int]:
-    """The header without its padding, and the offset of the body."""
+def _check_size(payload: bytes, body: int, table: TensorTable) -> None:
+    size, wanted = len(payload) - body, 4 * table.num_parameters
+    if size != wanted:
+        raise CodecError(f"{size} bytes of tensors, not the {wanted} of the tensor table")
+
+
+def _split(payload: bytes, limit: int) -> tuple[bytes, int]:
+    """The header, of at most `limit` bytes, without its padding, and the offset of the body."""
     length = int.from_bytes(payload[:_LENGTH], "little")
-    if len(payload) < _LENGTH or length > min(len(payload) - _LENGTH, MAX_HEADER_BYTES):
+    if len(payload) < _LENGTH or length > min(len(payload) - _LENGTH, limit):
         raise CodecError("not a safetensors message: bad header length")
     return bytes(payload[_LENGTH : _LENGTH + length]).rstrip(b" "), _LENGTH + length
 
@@ -178,8 +195,14 @@ def _meta(header: dict[str, Any], schema: type[M]) -> M:
     fields = metadata.get("fedfog") if isinstance(metadata, dict) else None
     if not isinstance(fields, str):
         raise CodecError("the header's __metadata__ has no `fedfog` string")
+    return _fields(fields, schema)
+
+
+def _fields(text: str | bytes, schema: type[M]) -> M:
+    if len(text) > schema.max_bytes:
+        raise CodecError(f"fields of {len(text)} bytes, more than {schema.max_bytes}")
     try:
-        return schema.model_validate_json(fields)
+        return schema.model_validate_json(text)
     except ValidationError as error:
         raise CodecError(_first(error)) from error
 
@@ -187,7 +210,7 @@ def _meta(header: dict[str, Any], schema: type[M]) -> M:
 def _table(header: dict[str, Any]) -> TensorTable:
     try:
         shapes = tuple((name, tuple(header[name]["shape"])) for name in sorted(header))
-        sound = all(type(n) is int and n >= 0 for _, shape in shapes for n in shape)
+        sound = all(_is_shape(shape) for _, shape in shapes)
     except (KeyError, TypeError) as error:
         raise CodecError("the tensor table is malformed") from error
     table = TensorTable(shapes)
@@ -196,8 +219,18 @@ def _table(header: dict[str, Any]) -> TensorTable:
     return table
 
 
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    return (
+        len(shape) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in shape)
+        and math.prod(n or 1 for n in shape) <= MAX_ELEMENTS
+    )
+
+
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong with a message, in a line."""
+    if error.error_count() > DESCRIBED_ERRORS:
+        return f"{error.error_count()} of its fields are not as they have to be"
     detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in detail["loc"]) or "message"
-    return f"{where}: {detail['msg']}"
+    return f"{where}: {detail['msg']}"[:REASON_CHARACTERS]

@@ -1,9 +1,9 @@
 """Fields of every message. A message that does not fit its schema is refused, never guessed at."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedfog.core.phases import Phase
 from fedfog.messages.topics import NAME_PATTERN
@@ -13,12 +13,19 @@ RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description=
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Round = Annotated[int, Field(ge=0, le=10**9, description="number of the round")]
 Examples = Annotated[int, Field(gt=0, le=10**15, description="number of examples")]
-Boot = Annotated[int, Field(ge=0, description="boot id of the sender: later ones are higher")]
+Boot = Annotated[
+    int, Field(ge=0, lt=2**63, description="boot id of the sender: later ones are higher")
+]
 Seconds = Annotated[float, Field(ge=0)]
+Loss = Annotated[float, Field(ge=-1e30, le=1e30)]  # times all Examples it is still finite
+LARGE = 1 << 20  # bytes of fields that grow with the number of clients
 
 
 class Payload(BaseModel):
-    """Base of all messages: unknown fields, NaN and infinity are refused."""
+    """Base of all messages: unknown fields, NaN and infinity are refused, and fields of more than
+    `max_bytes` of JSON are not even parsed."""
+
+    max_bytes: ClassVar[int] = 1 << 12
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -72,8 +79,12 @@ class RunState(StrEnum):
 class ModelMeta(Payload):
     """Global model of a run after `round` completed rounds (model 0 is the initial one)."""
 
+    max_bytes = LARGE
+
     run: RunId
-    run_started: int = Field(ge=0, description="orders the runs: unix seconds of its beginning")
+    run_started: int = Field(
+        ge=0, lt=2**63, description="orders the runs: unix seconds of its beginning"
+    )
     round: Round = Field(description="completed rounds; clients train for the next one")
     rounds: Round = Field(description="rounds that the run is to have")
     state: RunState = Field(description="`finished`: this is the run's last model")
@@ -92,8 +103,8 @@ class ClientMetrics(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    train_loss: float = Field(description="mean over the last local epoch")
-    validation_loss: float | None = Field(
+    train_loss: Loss = Field(description="mean over the last local epoch")
+    validation_loss: Loss | None = Field(
         default=None, description="of the received model, before training"
     )
     validation_accuracy: float | None = Field(
@@ -123,11 +134,15 @@ class UpdateMeta(Payload):
 class PartialMeta(Payload):
     """A region's aggregate of the updates that it accepted in one round."""
 
+    max_bytes = LARGE
+
     run: RunId
     round: Round
     region: Name = Field(description="as in the topic")
     digest: Digest = Field(description="SHA-256 of the tensors' bytes")
-    num_clients: int = Field(ge=1, description="clients whose update is in it, over all tiers")
+    num_clients: int = Field(
+        ge=1, le=10**9, description="clients whose update is in it, over all tiers"
+    )
     num_examples: Examples = Field(description="the members' examples, summed")
     members: dict[Name, Examples] = Field(
         description="accepted clients, or regions if it is of an aggregator above others, and "
@@ -171,6 +186,8 @@ class Receipt(Payload):
 class RegionReceipt(Payload):
     """`accepted` for all members of a partial, sent once when the round closes."""
 
+    max_bytes = LARGE
+
     run: RunId
     round: Round
     boot: Boot
@@ -183,9 +200,15 @@ class Slot(Payload):
 
     run: RunId
     slot: int = Field(ge=0, description="index of the client's slot in its region")
-    slots: int = Field(ge=1, description="slots of the region")
+    slots: int = Field(ge=1, le=10**6, description="slots of the region")
     region_index: int = Field(ge=0, description="index of the region")
-    regions: int = Field(ge=1, description="regions that the training set was cut for")
+    regions: int = Field(ge=1, le=10**5, description="regions that the training set was cut for")
+
+    @model_validator(mode="after")
+    def _exists(self) -> "Slot":
+        if self.slot >= self.slots or self.region_index >= self.regions:
+            raise ValueError("no such slot or region")
+        return self
 
 
 class Presence(Payload):
@@ -194,7 +217,9 @@ class Presence(Payload):
 
     online: bool = Field(description="birth or death")
     boot: Boot
-    slot: int | None = Field(default=None, description="the data slot it has, if any")
+    slot: int | None = Field(
+        default=None, ge=0, lt=2**63, description="the data slot it has, if any"
+    )
     own_data: bool = Field(default=False, description="it has data of its own: needs no slot")
     deadline: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="of an aggregator towards its parent: its ROUND_DEADLINE"
@@ -230,7 +255,10 @@ class Bridge(Payload):
     online: bool = Field(description="birth or death")
     boot: Boot
     node_id: int | None = Field(
-        default=None, description="its Flower node id; none if it runs in a stock SuperNode"
+        default=None,
+        ge=0,
+        lt=2**64,
+        description="its Flower node id; none if it runs in a stock SuperNode",
     )
     session: int = Field(
         default=0,
@@ -256,6 +284,8 @@ class Bell(Payload):
 
 class RoundRecord(Payload):
     """One line of a run's history: what went into model `round`, and how good it is."""
+
+    max_bytes = 64 * LARGE
 
     run: RunId
     round: Round
