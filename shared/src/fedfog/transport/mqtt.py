@@ -170,12 +170,18 @@ class _Client(mqtt.Client):
             raise
 
     def _handle_publish(self) -> MQTTErrorCode:
-        """Of a large message, paho reads the head; the rest stays where it is."""
+        """Of a large message, paho reads the head; the rest stays where it is. And it reads no
+        properties: FedFog sends none, a broker passes on those of anybody, and paho needs a time
+        that grows with the square of their number (2 s for 60 kB)."""
         packet: Any = self._in_packet["packet"]
-        if isinstance(packet, _Buffer):
-            self._whole = packet.data
-            self._head = _head_of(packet.data, has_id=self._in_packet["command"] & 0x06 > 0)
-            self._in_packet["packet"] = packet.data[: self._head]
+        large = isinstance(packet, _Buffer)
+        data = packet.data if large else packet
+        start, end = _properties_of(data, has_id=self._in_packet["command"] & 0x06 > 0)
+        if large:
+            self._whole, self._head = data, end
+            self._in_packet["packet"] = data[:start] + b"\0"
+        elif end - start > 1:
+            self._in_packet["packet"] = data[:start] + b"\0" + data[end:]
         return super()._handle_publish()
 
     def _handle_on_message(self, message: mqtt.MQTTMessage) -> None:
@@ -215,15 +221,16 @@ class _Client(mqtt.Client):
         super()._messages_reconnect_reset_out()
 
 
-def _head_of(packet: bytearray, has_id: bool) -> int:
-    """Bytes before the payload of a PUBLISH (MQTT 5, section 3.3): topic, packet id, properties."""
-    at = 2 + int.from_bytes(packet[:2]) + 2 * has_id
+def _properties_of(packet: bytearray, has_id: bool) -> tuple[int, int]:
+    """Where the properties of a PUBLISH begin, with their length, and where they end and the
+    payload begins (MQTT 5, section 3.3)."""
+    start = at = 2 + int.from_bytes(packet[:2]) + 2 * has_id
     size = shift = 0
     more = True
     while more and at < len(packet):
         size |= (packet[at] & 0x7F) << shift
         more, at, shift = packet[at] > 0x7F, at + 1, shift + 7
-    return at + size
+    return start, at + size
 
 
 class _Buffer:
@@ -294,6 +301,7 @@ class Session:
         self._topics: dict[int, str] = {}
         self._room = threading.Condition()
         self._waiting = 0  # bytes of large messages that are not acknowledged
+        self._arrived = self._taken = 0  # messages; each is counted by one thread only
         self._stopping = False
         self._client = client = _Client(client_id, tls, self._has_room)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
@@ -344,6 +352,7 @@ class Session:
     def take(self, event: Any) -> Any:
         """What the owner sees of an event out of `events`; `acknowledge` is due after it."""
         if isinstance(event, _Delivery):
+            self._taken += 1
             self._unacknowledged = event.mid, event.generation, len(event.message.payload)
             return event.message
         return event
@@ -474,6 +483,9 @@ class Session:
     def _on_message(self, _c: Any, _u: Any, message: mqtt.MQTTMessage) -> None:
         if self._stopping:
             return
+        if message.qos == 0 and self._arrived - self._taken >= RECEIVE_MAXIMUM:
+            return  # of QoS 0 the broker holds nothing back, and whoever sends it may lose it
+        self._arrived += 1
         received = Received(message.topic, self._payload(message))
         self._count(len(received.payload))
         self._emit(_Delivery(received, message.mid, self._generation))
