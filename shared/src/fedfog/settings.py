@@ -163,9 +163,17 @@ class AggregatorSettings(RegionSettings, _WithRegions, _WithAggregation):
         60.0, description="seconds after which round 1 opens with whoever is there"
     )
     max_examples: int = Field(
-        1_000_000, ge=1, description="largest num_examples that a client's update may claim"
+        1_000_000,
+        ge=1,
+        le=10**9,
+        description="largest num_examples that a client's update may claim",
     )
-    client_quota: int = Field(60, ge=1, description="updates per minute that one client may send")
+    client_quota: int = Field(
+        60,
+        ge=1,
+        description="messages of one client that are looked at in a round and in a minute; an "
+        "honest one sends an update in a round, and repeats it every few seconds at most",
+    )
     parent_region: str = Field(
         "",
         description="region of the aggregator above this one, which takes this region's partial; "

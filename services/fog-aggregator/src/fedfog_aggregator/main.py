@@ -9,6 +9,7 @@ import structlog
 from fedfog import service
 from fedfog.core import participation, rounds
 from fedfog.core.phases import Phase
+from fedfog.core.quota import Quota
 from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
 from fedfog.health import BEAT_SECONDS, Heartbeat
@@ -44,6 +45,8 @@ from fedfog_aggregator.store import AnotherOwnerError, PartialStore, StoreError
 log = structlog.get_logger()
 
 PROGRESS_SECONDS = 0.5
+FLOODERS_SAID = 10  # names in a line of the log
+TOPIC_SAID = 100  # characters of what a peer calls itself
 
 
 class Aggregator:
@@ -78,6 +81,7 @@ class Aggregator:
             self._boot,
             self._store.newest(),
         )
+        self._quota = Quota(settings.client_quota)
         self._table: TensorTable | None = None
         self._last_progress = 0.0
         self._exit: int | None = None
@@ -123,6 +127,7 @@ class Aggregator:
                 sending = self._parent is not None and self.session.sending(self._parent.partial)
                 self._upwards(participation.Tick(sending), now)
             self._publish_progress(now)
+            self._name_flooders(now)
         self.session.publish(
             self._topics.status(self._region),
             Status(online=False, boot=self._boot).to_json(),
@@ -154,6 +159,8 @@ class Aggregator:
         if not isinstance(event, mqtt.Received) or not event.payload:
             return []
         topic, payload = event.topic, event.payload
+        if topic.startswith((self._updates, self._presences)) and not self._may_send(topic):
+            return []
         if topic.startswith(self._updates):
             return self._update(topic.removeprefix(self._updates), payload)
         try:
@@ -168,8 +175,28 @@ class Aggregator:
             status = decode_json(payload, Status)
             return [rounds.OwnStatusSeen(status.boot, status.online)]
         except CodecError as error:
-            log.warning("message_refused", topic=topic, bytes=len(payload), reason=str(error))
+            log.warning(
+                "message_refused", topic=topic[:TOPIC_SAID], bytes=len(payload), reason=str(error)
+            )
             return []
+
+    def _may_send(self, topic: str) -> bool:
+        """Whether this message of a client is to be looked at; all that are not of a name are
+        counted together."""
+        client, machine = topic.rpartition("/")[2], self._rounds
+        if not is_name(client):
+            client = ""
+        known = client in machine.present or client in machine.cohort
+        return self._quota.take(client, known, (machine.run, machine.round), time.monotonic())
+
+    def _name_flooders(self, now: float) -> None:
+        if refused := self._quota.report(now):
+            log.warning(
+                "messages_over_quota",
+                dropped=refused.total(),
+                of=dict(refused.most_common(FLOODERS_SAID)),
+                setting="CLIENT_QUOTA",
+            )
 
     def _model(self, payload: bytes) -> list[rounds.Event]:
         model = decode(payload, ModelMeta)
@@ -233,7 +260,12 @@ class Aggregator:
             if (meta.region, meta.client) != (self._region, client):
                 raise CodecError(f"it says {meta.region}/{meta.client}, its topic does not")
         except CodecError as error:
-            log.warning("update_rejected", client=client, bytes=len(payload), reason=str(error))
+            log.warning(
+                "update_rejected",
+                client=client[:TOPIC_SAID],
+                bytes=len(payload),
+                reason=str(error),
+            )
             if is_name(client):
                 self._answer(
                     client,

@@ -28,6 +28,11 @@ from fedfog.core.phases import Phase
 from fedfog.core.slots import SlotTable
 
 RETRY_SECONDS = (1.0, 30.0)
+# Clients that a region remembers. Their names come from outside; a partial lists them, in a header
+# of limited size (`fedfog.messages.codec`).
+MAX_CLIENTS = 10_000
+# Of a partial, in its message.
+MAX_EXAMPLES = 10**15
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,7 @@ class RegionRounds:
         self._awaited: set[str] = set()  # of the cohort: neither members nor departed
         self._departed: set[str] = set()
         self._boots: dict[str, int] = {}
+        self._full = False  # it was said
         self._newest_arrival = 0.0
         self._opened = 0.0
         self._retry_at = 0.0
@@ -439,6 +445,8 @@ class RegionRounds:
         if event.base_digest != self._digest:
             return [self._answer(event, "rejected", "trained from another model (base digest)")]
         most = self.policy.max_examples * event.num_clients
+        if self.policy.children:  # so that their sum can be sent, whatever one of them claims
+            most = min(most, MAX_EXAMPLES // len(self.policy.children))
         if not 0 < event.num_examples <= most:
             limit = f"num_examples is not within 1..{most} (MAX_EXAMPLES)"
             return [self._answer(event, "rejected", limit)]
@@ -490,6 +498,10 @@ class RegionRounds:
     # Presence and time
 
     def _presence(self, event: PresenceSeen, now: float) -> list[Action]:
+        if not self._has_room_for(event.client):
+            said, self._full = self._full, True
+            fields = {"refused": event.client, "most_clients": MAX_CLIENTS}
+            return [] if said else [Log("error", "region_is_full", fields)]
         newest = self._boots.get(event.client, 0)
         if event.boot < newest:  # a stale will, or an old retained message
             return []
@@ -516,6 +528,15 @@ class RegionRounds:
         if self.phase in (*_OPEN, Phase.CLOSED):
             return self._deal(event.client, now)
         return []
+
+    def _has_room_for(self, client: str) -> bool:
+        """The client is known, or one more may be; forgets those that have no part any more."""
+        if client in self._boots or len(self._boots) < MAX_CLIENTS:
+            return True
+        holders = self.slots.holders if self.slots else {}
+        kept = self.present.keys() | self.cohort | holders.keys()
+        self._boots = {name: self._boots.get(name, 0) for name in kept}
+        return client in kept or len(kept) < MAX_CLIENTS
 
     def _own_status(self, event: OwnStatusSeen, _now: float) -> list[Action]:
         if event.boot > self.boot:
