@@ -35,6 +35,7 @@ SERVERAPP_SECONDS = 45.0
 # On top of the settings, for a round's checkpoint: the ServerApp waits two minutes for room on a
 # full disk.
 ROUND_SLACK = 180.0
+MAX_REGIONS = 10_000
 
 
 class FlowerSide:
@@ -101,6 +102,8 @@ class FlowerSide:
 
     def hear_bridge(self, region: str, bridge: Bridge) -> None:
         known = self._bridges.get(region)
+        if bridge == known or (known is None and len(self._bridges) >= MAX_REGIONS):
+            return
         later = known is None or bridge.boot > known.boot
         # The will of an earlier boot may come after the birth of its successor.
         if (later and bridge.online) or (known and bridge.boot == known.boot):

@@ -34,6 +34,8 @@ from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Check
 
 log = structlog.get_logger()
 
+# Bells that may wait. They are hints: a reply whose bell was lost is found by a look for it.
+MAX_BELLS = 10_000
 # Two minutes in all: time to make room on a full disk.
 SAVE_AGAIN_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
@@ -92,7 +94,7 @@ class Server:
                 self._start.put(message)
             elif isinstance(message, link.BridgeHeard):
                 self.events.put(BridgeSeen(message.region, message.bridge))
-            else:
+            elif self.events.qsize() < MAX_BELLS:
                 self.events.put(BellRung(message.bell))
 
 

@@ -7,8 +7,11 @@ from rich import box
 from rich.table import Table
 
 from fedfog.core.phases import Phase
+from fedfog.core.rounds import MAX_CLIENTS
 from fedfog.messages import schemas
 from fedfog.messages.catalog import Message
+
+MAX_REGIONS = 1_000
 
 
 @dataclass
@@ -41,13 +44,15 @@ class Regions:
         """Learn from a message; returns its region if there is one."""
         if message.region is None:
             return None
-        region = self.by_name.setdefault(message.region, Region())
+        region = self._region(message.region)
         match message.meta:
             case schemas.Presence(online=online):
-                change = region.online.add if online else region.online.discard
-                change(str(message.client))
+                if not online:
+                    region.online.discard(str(message.client))
+                elif len(region.online) < MAX_CLIENTS:
+                    region.online.add(str(message.client))
                 if message.meta.deadline is not None:  # it is an aggregator below this one
-                    child = self.by_name.setdefault(str(message.client), Region())
+                    child = self._region(str(message.client))
                     child.parent = message.region
                     child.phase = child.phase if online else "offline"
             case schemas.Bridge(online=online):
@@ -66,6 +71,12 @@ class Regions:
             case schemas.RegionReceipt(members=members):
                 region.received, region.expected = len(members), max(len(members), region.expected)
         return region
+
+    def _region(self, name: str) -> Region:
+        """The region of this name; of too many, one that is not shown."""
+        if name in self.by_name or len(self.by_name) >= MAX_REGIONS:
+            return self.by_name.get(name, Region())
+        return self.by_name.setdefault(name, Region())
 
     def table(self) -> Table:
         """One row per region."""

@@ -33,6 +33,9 @@ SAY_EVERY = 5.0
 # A message lives a little longer than its round, so that time-outs are ours and have our reasons.
 TTL_SLACK = 30.0
 
+# Of what a peer gives as reason: it goes into the record of the round.
+REASON_CHARACTERS = 300
+
 # Flower's error codes for "this message will not be answered"; the others: the app failed.
 UNAVAILABLE = frozenset({0, 3, 4, 5})
 
@@ -385,13 +388,14 @@ class _Exchange:
                 self._on_failure(sent, str(error))
                 continue
             if sent.region is not None and region != sent.region:
-                self._on_failure(sent, f"its bridge answered for region {region}")
+                reason = f"its bridge answered for region {region}"[:REASON_CHARACTERS]
+                self._on_failure(sent, reason)
             elif region in self._awaited:
                 self._awaited.discard(region)
                 self._replies[region] = reply
 
     def _on_error(self, sent: _Sent, error: Error) -> None:
-        reason = f"Flower error {error.code}: {error.reason}"
+        reason = f"Flower error {error.code}: {error.reason}"[:REASON_CHARACTERS]
         if error.code not in UNAVAILABLE:
             self._on_failure(sent, reason)
             return
