@@ -81,6 +81,7 @@ OF_STRANGE_NAMES: dict[str, tuple[list[str], list[str]]] = {
     "fl/updates/r0": (["r0"], []),
     "fl/updates/r0/": (["r0/"], ["aggregator.r0"]),
     "fl/updates/r0/c1/x": (["r0/c1/x"], []),
+    "fl/receipts/r0/c1/x": ([], ["r0/c1/x"]),
     f"fl/updates/{LONG}": ([LONG], []),
     "fl/updates/aggregator.r0": (["aggregator.r0"], []),
 }
@@ -92,7 +93,6 @@ NOBODYS = [
     "fl/updates",
     "fl/updates/probe",
     "fl/presence/probe",
-    "fl/receipts/r0/c1/x",
     "fl/global_model/x",
     "FL/global_model",
     "/fl/global_model",

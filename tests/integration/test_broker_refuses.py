@@ -279,6 +279,18 @@ def test_what_is_larger_than_allowed_is_cut_off_when_it_is_announced(gate: Gate)
         assert tls.recv(100) == b"\xe0\x01\x95"  # DISCONNECT: packet too large
 
 
+def test_the_largest_model_that_is_allowed_goes_through(gate: Gate) -> None:
+    client, aggregator = gate.enter("r0/c1"), Holder(gate.broker.port, gate.pki / "aggregator.r0")
+    aggregator.subscribe("fl/updates/r0/+")
+    update = bytes(67_108_864 - 100)
+    for payload in b"small", update:
+        assert max(client.publish(["fl/updates/r0/c1"], payload).values()) < NOT_AUTHORIZED
+    aggregator.until(lambda: len(aggregator.received) == 2)
+    assert aggregator.received[1].payload == update
+    client.close()
+    aggregator.close()
+
+
 def test_the_demos_broker_is_as_closed_as_the_stacks(gate: Gate, tmp_path: Path) -> None:
     """The options of the local broker are those of mosquitto.conf, but for places and sizes."""
     local = tmp_path / "local" / "broker.conf"

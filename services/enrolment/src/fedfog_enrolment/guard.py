@@ -62,7 +62,9 @@ class GuardSettings(CommonSettings):
     guard_socket: Path = Field(
         Path("guard/guard.sock"), description="Unix socket for enrolment's lists"
     )
-    broker_pid: int = Field(1, ge=1, description="process id of the broker")
+    broker_pid: int | None = Field(
+        None, ge=1, description="process id of the broker; default: the one process `mosquitto`"
+    )
 
 
 class GuardError(service.ServiceError):
@@ -195,7 +197,7 @@ class _Broker:
     """The process, and the view that a client has of it."""
 
     def __init__(self, settings: GuardSettings) -> None:
-        self._pid = settings.broker_pid
+        self._settings = settings
         self._host, self._port = settings.mqtt_broker, settings.mqtt_port
         self._pki, self._topics = settings.pki_dir, settings.topics
 
@@ -215,11 +217,12 @@ class _Broker:
         """Have it read its lists.
 
         Raises:
-            OSError: BROKER_PID is not a process of this user, or `probe-revoked` lacks a file.
+            OSError: there is no broker of this user, or `probe-revoked` lacks a file.
         """
         self._revoked = self._context(REVOKED)
         # In TLS 1.3 the reason comes after the handshake, and may be lost.
         self._revoked.maximum_version = ssl.TLSVersion.TLSv1_2
+        self._pid = self._settings.broker_pid or _mosquitto()
         os.kill(self._pid, signal.SIGHUP)
 
     def check(self, token: str) -> None:
@@ -247,8 +250,7 @@ class _Broker:
         raise GuardError("it takes revoked certificates")
 
     def end(self) -> None:
-        """Terminate it, and kill it if it still listens END_SECONDS later. Where the two share a
-        namespace of processes, this one ends with it."""
+        """Terminate it, and kill it if it still listens END_SECONDS later."""
         for number in signal.SIGTERM, signal.SIGKILL:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, number)
@@ -258,7 +260,7 @@ class _Broker:
                     if one.connect_ex((self._host, self._port)) != 0:
                         return
                 time.sleep(PAUSE_SECONDS)
-        log.critical("broker_not_ended", pid=self._pid, setting="BROKER_PID")
+        log.critical("broker_not_ended", pid=self._pid)
 
     def _try_for(self, seconds: float, topics: Sequence[str]) -> list[int]:
         """The codes of a visit of the probe, as soon as it gets in and may write the first topic.
@@ -319,6 +321,18 @@ class _Broker:
         finally:
             client.disconnect()
         return codes
+
+
+def _mosquitto() -> int:
+    """Its process id. Raises ProcessLookupError."""
+    found = []
+    for name in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if name.read_text() == "mosquitto\n":
+                found.append(int(name.parent.name))
+    if len(found) != 1:
+        raise ProcessLookupError(f"{len(found)} processes `mosquitto`, not one (BROKER_PID)")
+    return found[0]
 
 
 def serve(settings: GuardSettings) -> int:
