@@ -256,9 +256,12 @@ class _Broker:
                 os.kill(self._pid, number)
             deadline = time.monotonic() + END_SECONDS
             while time.monotonic() < deadline:
-                with socket.socket() as one:
-                    if one.connect_ex((self._host, self._port)) != 0:
-                        return
+                try:
+                    socket.create_connection((self._host, self._port), PAUSE_SECONDS).close()
+                except TimeoutError:
+                    continue
+                except OSError:  # refused, or its container and so its name is gone
+                    return
                 time.sleep(PAUSE_SECONDS)
         log.critical("broker_not_ended", pid=self._pid)
 
