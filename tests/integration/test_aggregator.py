@@ -9,9 +9,9 @@ import pytest
 
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker
-from fedfog.messages.codec import TensorTable
+from fedfog.messages.codec import TensorTable, Vector
 from region import BASE, Region
-from wire import TABLE, constant, death, model, update
+from wire import SIZE, TABLE, constant, death, model, update
 
 MODULE = "fedfog_aggregator.main"
 
@@ -193,16 +193,17 @@ def test_updates_do_not_leak_into_the_next_round(start: Callable[..., Region]) -
     np.testing.assert_allclose(region.partial(2).vector, 4.0, rtol=1e-7)
 
 
+@pytest.mark.parametrize("rule", ["fedavg", "median"])
 def test_killed_in_an_open_round_it_counts_the_repeated_updates_once(
-    start: Callable[..., Region],
+    start: Callable[..., Region], rule: str
 ) -> None:
-    region = start(clients_expected=2)
+    region = start(clients_expected=2, aggregation=rule)
     region.open("a", "b")
     region.send("a", 1)
     boot = region.receipt("a", "received")["boot"]
     region.service.kill()
     after = len(region.peer.received)
-    again = start(clients_expected=2)
+    again = start(clients_expected=2, aggregation=rule)
     again.service.wait_for_log("round_open")
     region.send("a", 1)
     assert region.receipt("a", "received", after)["boot"] > boot
@@ -212,17 +213,18 @@ def test_killed_in_an_open_round_it_counts_the_repeated_updates_once(
     np.testing.assert_allclose(partial.vector, 2.0, rtol=1e-7)
 
 
+@pytest.mark.parametrize("rule", ["fedavg", "geometric_median"])
 def test_restarted_after_the_commit_it_publishes_the_same_partial_and_answers_accepted(
-    start: Callable[..., Region],
+    start: Callable[..., Region], rule: str
 ) -> None:
-    region = start(clients_expected=1)
+    region = start(clients_expected=1, aggregation=rule)
     region.open("a")
     region.send("a", 1)
     first = region.partial()
     region.service.kill()
     region.peer.publish("fl/partial/region_0", b"", retain=True)  # the broker forgets it
     after = len(region.peer.received)
-    start(clients_expected=1)
+    start(clients_expected=1, aggregation=rule)
     second = region.partial(after=after)
     assert second.meta == first.meta
     assert second.vector.tobytes() == first.vector.tobytes()
@@ -354,3 +356,49 @@ def test_old_retained_model_of_an_earlier_run_is_ignored(start: Callable[..., Re
     region.send("a", 1, run="second")
     assert region.partial().meta.run == "second"
     assert TABLE.num_parameters == region.partial().vector.size
+
+
+def spread(value: float, seed: int) -> Vector:
+    """A vector of about this value."""
+    noise = np.random.default_rng(seed).normal(scale=0.05, size=SIZE)
+    return (constant(value) + noise).astype(np.float32)
+
+
+def test_geometric_median_stays_with_the_honest_and_names_the_poisoned_client(
+    start: Callable[..., Region],
+) -> None:
+    """The fourth sends ten times the negative of its update, and claims many examples for it."""
+    region = start(clients_expected=4, aggregation="geometric_median")
+    region.open("a", "b", "c", "m")
+    honest = [spread(1.25, seed) for seed in range(3)]
+    poisoned = BASE - 10 * (spread(1.25, 3) - BASE)
+    for client, vector in zip("mabc", (poisoned, *honest), strict=True):
+        payload = update(BASE, vector, client, num_examples=1000 if client == "m" else 10)
+        region.peer.publish(f"fl/updates/region_0/{client}", payload)
+    partial = region.partial()
+    mean = np.mean(honest, axis=0)
+    assert np.linalg.norm(partial.vector - mean) < 0.2 * np.linalg.norm(mean - BASE)
+    meta = partial.meta
+    assert meta.aggregation == "geometric_median"
+    assert list(meta.suspicious) == ["m"]
+    assert "as far from the aggregate as the median update" in meta.suspicious["m"]
+    assert "it claims 1000 examples, 15 were counted" in meta.suspicious["m"]
+    assert meta.members == {"m": 15, "a": 10, "b": 10, "c": 10}
+    assert meta.num_examples == 45
+    # The verdict is on the exactly-once delivery and tells an attacker nothing.
+    accepted = json.loads(region.peer.on("fl/receipts/region_0"))
+    assert accepted["members"] == ["a", "b", "c", "m"]
+    assert '"client": "m"' in region.service.wait_for_log("update_suspicious")
+
+
+@pytest.mark.parametrize("rule", ["median", "krum"])
+def test_rule_that_protects_nobody_among_so_few_says_so_when_the_round_opens(
+    start: Callable[..., Region], rule: str
+) -> None:
+    region = start(clients_expected=3, aggregation=rule)
+    region.open("a", "b", "c")
+    for client in "abc":
+        region.send(client, 1)
+    assert region.partial().meta.aggregation == rule
+    warned = "aggregation_protects_nobody" in region.service.log.read_text()
+    assert warned == (rule == "krum")

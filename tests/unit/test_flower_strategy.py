@@ -20,6 +20,7 @@ from fedfog.flower.strategy import (
 from fedfog.messages.codec import TensorTable, Vector, digest_of, encode
 from fedfog.messages.schemas import ClientMetrics, PartialMeta
 from flower import PlayedFlower, PlayedFog
+from wire import constant
 
 TABLE = TensorTable((("bias", (3,)), ("weight", (5, 2))))
 SIZE = TABLE.num_parameters
@@ -238,3 +239,25 @@ def test_model_that_is_not_finite_ends_the_run() -> None:
     with pytest.raises(StrategyError, match="STRATEGY=QFedAvg"), np.errstate(all="ignore"):
         federation.run(strategy="QFedAvg")
     assert federation.models == []
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedAvgM"])
+def test_rule_makes_one_partial_of_the_regions_and_names_the_poisoned(strategy: str) -> None:
+    """The strategy gets what the rule made; a region that claims everything counts as the rest."""
+    near = vectors(1) | {"c": constant(-50)}
+    claimed = {"a": 10, "b": 10, "c": 10**6}
+    federation = Federation(lambda r, n: partial(r, n, near[r], claimed[r]))
+    federation.run(strategy=strategy, aggregation="median", byzantine=0.2)
+    (model,) = federation.models
+    np.testing.assert_array_equal(model.vector, np.minimum(near["a"], near["b"]))
+    assert list(model.record.suspicious) == ["c"]
+    assert "it claims 1000000 examples, 15 were counted" in model.record.suspicious["c"]
+    assert set(model.record.regions) == {"a", "b", "c"}
+
+
+def test_rule_at_the_centre_starts_from_the_model_of_the_round_before() -> None:
+    """Norm clipping is relative to it: equal steps in every round, although the model moves on."""
+    federation = Federation(lambda r, n: partial(r, n, constant(n + 99.0 * (r == "c"))))
+    federation.run(rounds=3, aggregation="norm_clip", byzantine=0.2)
+    np.testing.assert_allclose([m.vector[0] for m in federation.models], [1, 2, 3], rtol=1e-6)
+    assert all(list(m.record.suspicious) == ["c"] for m in federation.models)

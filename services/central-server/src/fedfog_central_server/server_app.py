@@ -175,6 +175,8 @@ def main(grid: Grid, context: Context) -> None:
             regions_timeout=settings.regions_timeout,
             round_timeout=settings.round_timeout,
             on_model=Checkpointer(checkpoints, start.table, inner, server).save,
+            aggregation=settings.aggregation,
+            byzantine=settings.byzantine,
         )
         strategy.run_rounds(
             FogGrid(grid, server, settings.bridge_grace),

@@ -10,6 +10,7 @@ from fedfog import service
 from fedfog.core import participation, rounds
 from fedfog.core.phases import Phase
 from fedfog.core.quota import Quota
+from fedfog.core.robust import Updates
 from fedfog.core.slots import SlotTable
 from fedfog.files import next_boot
 from fedfog.health import BEAT_SECONDS, Heartbeat
@@ -39,6 +40,7 @@ from fedfog.messages.schemas import (
 from fedfog.messages.topics import is_name
 from fedfog.settings import AggregatorSettings, load
 from fedfog.transport import mqtt
+from fedfog.transport.tls import Identity
 from fedfog_aggregator.parent import Parent
 from fedfog_aggregator.store import AnotherOwnerError, PartialStore, StoreError
 
@@ -77,6 +79,8 @@ class Aggregator:
                 limit=settings.cohort_limit,
                 max_examples=settings.max_examples,
                 store_limit=settings.store_timeout,
+                aggregation=settings.aggregation,
+                byzantine=settings.byzantine,
             ),
             self._boot,
             self._store.newest(),
@@ -103,6 +107,7 @@ class Aggregator:
             # A session has one will. Of the two deaths, it is the parent that has to hear.
             will=self._parent.death if self._parent else death,
             timeout=settings.mqtt_timeout,
+            tls=Identity.of(settings.tls_dir),
         )
 
     def run(self) -> int:
@@ -213,6 +218,7 @@ class Aggregator:
             finished=meta.state is RunState.FINISHED,
             stored=self._store.stored(meta.run, round_),
             slots=self._store.slots(meta.run),
+            vector=None if self._settings.aggregation == "fedavg" else model.vector,
         )
         self._table = model.table
         self._upwards(
@@ -379,6 +385,11 @@ class Aggregator:
         assert self._table is not None
         began = time.monotonic()
         mean = commit.total.mean()
+        members, suspicious = dict(commit.members), {}
+        if isinstance(commit.total, Updates):
+            names, found = list(members), commit.total.aggregate()
+            members = dict(zip(names, found.examples, strict=True))
+            suspicious = {names[i]: why for i, why in found.suspicious.items()}
         meta = PartialMeta(
             run=commit.run,
             round=commit.round,
@@ -386,19 +397,23 @@ class Aggregator:
             digest=digest_of(mean),
             num_clients=commit.num_clients,
             num_examples=commit.total.weight,
-            members=dict(commit.members),
+            members=members,
             left_out=dict(commit.left_out),
             metrics=ClientMetrics(**commit.metrics),
             base_digest=commit.base_digest,
+            aggregation=self._settings.aggregation,
+            suspicious=suspicious,
             seconds={"collect": round(commit.collect_seconds, 6)},
         )
         try:
             payload = (encode_header(meta, self._table), mean.data.cast("B"))
-            self._store.commit(commit.run, commit.round, payload, commit.members)
+            self._store.commit(commit.run, commit.round, payload, members)
         except AnotherOwnerError as error:
             return rounds.CommitFailed(str(error), another_owner=True)
         except StoreError as error:
             return rounds.CommitFailed(str(error))
+        for client, why in suspicious.items():
+            log.warning("update_suspicious", partial=meta.id, client=client, reason=why)
         log.info(
             Step.AGGREGATE_REGION,
             partial=meta.id,

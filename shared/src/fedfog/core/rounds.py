@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fedfog.core.aggregation import WeightedSum, all_finite
 from fedfog.core.phases import Phase
+from fedfog.core.robust import Rule, Updates
 from fedfog.core.slots import SlotTable
 
 RETRY_SECONDS = (1.0, 30.0)
@@ -48,6 +49,8 @@ class Policy:
     max_examples: int = 1_000_000  # of one client
     children: frozenset[str] = frozenset()  # clients that are regions: waited for and named
     store_limit: float = 600.0  # of tries to store a partial
+    aggregation: Literal["fedavg"] | Rule = "fedavg"
+    byzantine: float = 0.2  # share of the clients that the rule has to bear
 
 
 # Events
@@ -81,7 +84,8 @@ class Stored:
 class ModelArrived:
     """Global model `round - 1` of `run`: it opens `round`.
 
-    `stored` is what the store has of that round, `slots` the run's slots if they were dealt.
+    `stored` is what the store has of that round, `slots` the run's slots if they were dealt,
+    `vector` the model itself, which every aggregation but fedavg needs.
     """
 
     run: str
@@ -92,6 +96,7 @@ class ModelArrived:
     finished: bool = False
     stored: Stored | None = None
     slots: SlotTable | None = None
+    vector: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Commit:
 
     run: str
     round: int
-    total: WeightedSum
+    total: WeightedSum | Updates  # of the members, in their order
     members: Mapping[str, int]
     left_out: Mapping[str, str]
     metrics: Mapping[str, float]
@@ -273,8 +278,10 @@ class RegionRounds:
         self.deadline = 0.0
         self._newest = newest or Newest("", 0, 0)
         self._digest = ""
-        self._total = WeightedSum(0)
+        self._total: WeightedSum | Updates = WeightedSum(0)
         self._num_parameters = 0
+        self._base: NDArray[np.float32] | None = None
+        self._weakness: str | None = None
         self._num_clients = 0
         self._metrics: dict[str, tuple[float, int]] = {}
         self._awaited: set[str] = set()  # of the cohort: neither members nor departed
@@ -342,6 +349,7 @@ class RegionRounds:
         self.run, self.round = event.run, event.round
         self._newest = Newest(event.run, event.run_started, event.round)
         self._digest, self._num_parameters = event.digest, event.num_parameters
+        self._base = event.vector
         # A child that was in the last round may be just starting again.
         children = self.policy.children & self.members.keys()
         self.members, self.cohort, self._awaited, self._departed = {}, frozenset(), set(), set()
@@ -401,7 +409,7 @@ class RegionRounds:
         self.phase = Phase.OPEN
         self.cohort, self.members = cohort, {}
         self._awaited, self._departed = set(cohort), set()
-        self._total, self._metrics = WeightedSum(self._num_parameters), {}
+        self._total, self._metrics = self._new_total(), {}
         self._num_clients = 0
         self._opened, self.deadline = now, now + self.policy.deadline
         self._retry_after, self._retry_until = RETRY_SECONDS[0], None
@@ -417,7 +425,24 @@ class RegionRounds:
             PublishStatus(),
             *dealt,
             Log("info", "round_open", opened),
+            *self._warn_of_weakness(),
         ]
+
+    def _new_total(self) -> WeightedSum | Updates:
+        if self.policy.aggregation == "fedavg":
+            return WeightedSum(self._num_parameters)
+        assert self._base is not None
+        return Updates(self.policy.aggregation, self.policy.byzantine, self._base)
+
+    def _warn_of_weakness(self) -> list[Action]:
+        """Say it, once for each number of clients, if the rule protects nobody among so many."""
+        if isinstance(self._total, WeightedSum):
+            return []
+        before, self._weakness = self._weakness, self._total.weakness(self.expected)
+        if self._weakness in (None, before):
+            return []
+        fields = {"reason": self._weakness, "setting": f"AGGREGATION={self.policy.aggregation}"}
+        return [Log("warning", "aggregation_protects_nobody", fields)]
 
     def _deal(self, client: str, now: float) -> list[Action]:
         """Tell a client its slot unless it has it."""

@@ -8,7 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import structlog
@@ -18,6 +18,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 
 from fedfog.core.aggregation import WeightedSum
+from fedfog.core.robust import Rule, Updates
 from fedfog.flower.grid import FogGrid, train_message
 from fedfog.flower.reply import group_id, unpack
 from fedfog.messages.codec import (
@@ -139,6 +140,9 @@ class FogStrategy(Strategy):
         regions_timeout: seconds to wait for regions (REGIONS_TIMEOUT).
         round_timeout: seconds until a round ends with what it has (ROUND_TIMEOUT).
         on_model: called with each new model, before the next round begins.
+        aggregation: rule that makes one partial of the regions', which is then all that `inner`
+            gets; `fedavg`: `inner` gets them all (AGGREGATION).
+        byzantine: share of the regions that the rule has to bear (BYZANTINE).
     """
 
     def __init__(
@@ -154,6 +158,8 @@ class FogStrategy(Strategy):
         regions_timeout: float,
         round_timeout: float,
         on_model: Callable[[GlobalModel], None],
+        aggregation: Literal["fedavg"] | Rule = "fedavg",
+        byzantine: float = 0.2,
     ) -> None:
         self.inner, self._table, self._run = inner, table, run
         self._first_round = first_round
@@ -161,6 +167,9 @@ class FogStrategy(Strategy):
         self._regions = regions
         self._regions_timeout, self._round_timeout = regions_timeout, round_timeout
         self._on_model = on_model
+        self._aggregation, self._byzantine = aggregation, byzantine
+        self._weakness: str | None = None
+        self._base: Vector | None = None
         self._grid: FogGrid | None = None
         self._seconds: dict[str, float] = {}
 
@@ -178,7 +187,7 @@ class FogStrategy(Strategy):
         """An empty train message for each node that the inner strategy chooses."""
         if not isinstance(grid, FogGrid):
             raise TypeError("FogStrategy needs a FogGrid")
-        self._grid = grid
+        self._grid, self._base = grid, to_vector(arrays)
         start = time.monotonic()
         minimum = max(self._min_available, self._min_fit)
         grid.wait_for_regions(minimum, self._regions, self._regions_timeout)
@@ -207,6 +216,7 @@ class FogStrategy(Strategy):
         left_out = dict(self._grid.left_out)
         regions: dict[str, PartialMeta] = {}
         valid: list[Message] = []
+        updates = self._new_updates()
         for reply in replies:
             region, payload = unpack(reply)
             try:
@@ -215,8 +225,12 @@ class FogStrategy(Strategy):
                 left_out[region] = f"bad partial: {error}"
                 log.warning("partial_left_out", region=region, round=number, reason=str(error))
                 continue
-            regions[region] = partial.meta
-            reply.content = self._for_inner(partial)
+            regions[region] = meta = partial.meta
+            if updates is None:
+                loss = meta.metrics.train_loss
+                reply.content = self._for_inner(partial.vector, meta.num_examples, loss)
+            else:
+                updates.add(partial.vector, meta.num_examples)
             valid.append(reply)
         if len(valid) < self._min_fit:
             reasons = "; ".join(f"{region}: {why}" for region, why in sorted(left_out.items()))
@@ -225,19 +239,26 @@ class FogStrategy(Strategy):
                 f"(MIN_FIT_CLIENTS), after at most {self._round_timeout:.0f} s (ROUND_TIMEOUT). "
                 f"Left out: {reasons or 'nobody'}"
             )
+        num_examples = sum(meta.num_examples for meta in regions.values())
+        loss = sum(meta.num_examples * meta.metrics.train_loss for meta in regions.values())
+        loss /= num_examples
+        suspicious: dict[str, str] = {}
+        if updates is not None:
+            suspicious = self._suspicious(number, list(regions), updates)
+            valid = valid[:1]
+            valid[0].content = self._for_inner(updates.mean(), updates.weight, loss)
         arrays, _metrics = self.inner.aggregate_train(number, valid)
         vector = self._vector(number, arrays)
         self._seconds |= {**self._grid.seconds, "aggregate": time.monotonic() - start}
-        num_examples = sum(meta.num_examples for meta in regions.values())
-        loss = sum(meta.num_examples * meta.metrics.train_loss for meta in regions.values())
         record = RoundRecord(
             run=self._run,
             round=number,
             regions=regions,
             left_out=left_out,
+            suspicious=suspicious,
             num_clients=sum(meta.num_clients for meta in regions.values()),
             num_examples=num_examples,
-            train_loss=loss / num_examples,
+            train_loss=loss,
             seconds=self._seconds,
         )
         self._on_model(GlobalModel(number, vector, record))
@@ -274,14 +295,27 @@ class FogStrategy(Strategy):
             raise CodecError("it has values that are not finite")
         return partial
 
-    def _for_inner(self, partial: TensorMessage[PartialMeta]) -> RecordDict:
-        metrics = MetricRecord(
-            {
-                "num-examples": partial.meta.num_examples,
-                "train-loss": partial.meta.metrics.train_loss,
-            }
-        )
-        return RecordDict({"arrays": to_record(partial.vector), "metrics": metrics})
+    def _new_updates(self) -> Updates | None:
+        if self._aggregation == "fedavg":
+            return None
+        assert self._base is not None
+        return Updates(self._aggregation, self._byzantine, self._base)
+
+    def _suspicious(self, number: int, regions: Sequence[str], updates: Updates) -> dict[str, str]:
+        """Say whom the rule left out or damped, and if it protects nobody among so many."""
+        before, self._weakness = self._weakness, updates.weakness(len(regions))
+        if self._weakness not in (None, before):
+            setting = f"AGGREGATION={self._aggregation}"
+            log.warning("aggregation_protects_nobody", reason=self._weakness, setting=setting)
+        found = {regions[i]: why for i, why in updates.aggregate().suspicious.items()}
+        for region, why in found.items():
+            log.warning("partial_suspicious", round=number, region=region, reason=why)
+        return found
+
+    @staticmethod
+    def _for_inner(vector: Vector, num_examples: int, loss: float) -> RecordDict:
+        metrics = MetricRecord({"num-examples": num_examples, "train-loss": loss})
+        return RecordDict({"arrays": to_record(vector), "metrics": metrics})
 
     def _vector(self, number: int, arrays: ArrayRecord | None) -> Vector:
         name = type(self.inner).__name__

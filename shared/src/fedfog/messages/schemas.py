@@ -145,8 +145,8 @@ class PartialMeta(Payload):
     )
     num_examples: Examples = Field(description="the members' examples, summed")
     members: dict[Name, Examples] = Field(
-        description="accepted clients, or regions if it is of an aggregator above others, and "
-        "their examples"
+        description="accepted clients, or regions if it is of an aggregator above others, and the "
+        "examples that they counted with"
     )
     left_out: dict[Name, str] = Field(
         default_factory=dict,
@@ -156,6 +156,10 @@ class PartialMeta(Payload):
         default=None, description="digest of the global model trained from"
     )
     metrics: ClientMetrics = Field(description="means over the members, weighted by examples")
+    aggregation: str = Field("fedavg", description="rule that made it of the updates")
+    suspicious: dict[Name, str] = Field(
+        default_factory=dict, description="members that the rule left out or damped, and why"
+    )
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
 
     @property
@@ -292,6 +296,10 @@ class RoundRecord(Payload):
     regions: dict[Name, PartialMeta] = Field(description="the partials, without their tensors")
     left_out: dict[Name, str] = Field(
         default_factory=dict, description="regions without a partial in this round, and why"
+    )
+    suspicious: dict[Name, str] = Field(
+        default_factory=dict,
+        description="regions whose partial AGGREGATION left out or damped, and why",
     )
     num_clients: int = Field(ge=0, description="clients whose update is in the model")
     num_examples: int = Field(ge=0, description="their training examples")
