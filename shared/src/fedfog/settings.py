@@ -267,6 +267,20 @@ class ClientSettings(RegionSettings, DataSettings):
             raise ValueError("a-z, 0-9, _ and -, at most 31 characters")
         return value
 
+    @field_validator("enrolment_url")
+    @classmethod
+    def _has_ca(cls, value: str, info: ValidationInfo) -> str:
+        if value and not info.data.get("tls_dir"):
+            raise ValueError("needs TLS_DIR with the federation's ca.crt")
+        return value
+
+    @field_validator("clients_per_process")
+    @classmethod
+    def _has_names(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("tls_dir") and not info.data.get("enrolment_url"):
+            raise ValueError("needs ENROLMENT_URL: the certificate in TLS_DIR is one client's")
+        return value
+
 
 class CentralSettings(DataSettings, _WithRegions, _WithAggregation):
     """Settings of the central server."""

@@ -34,6 +34,7 @@ from fedfog.messages.schemas import (
 from fedfog.settings import ClientSettings
 from fedfog.transport import mqtt
 from fedfog.transport.network import Network, SharedSession
+from fedfog.transport.tls import Identity
 from fedfog_client.outbox import Outbox
 from fedfog_client.trainer import Job, Trained, Trainer
 
@@ -61,6 +62,7 @@ class Client:
     Args:
         state_dir: its own; no other client may use it.
         run_finished: told of the end of a run, and whether this client took part in it.
+        identity: towards the broker; its certificate has the client's name.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Client:
         reader: ModelReader,
         trainer: Trainer,
         run_finished: Callable[["Client", bool], None],
+        identity: Identity | None,
     ) -> None:
         self.id, self._region = client_id, settings.region
         self.log = structlog.get_logger().bind(client=client_id)
@@ -90,6 +93,7 @@ class Client:
         )
         self._model: TensorMessage[ModelMeta] | None = None
         self._slot: Slot | None = None
+        self._renewed = False
         region, client = self._region, self.id
         self.session = SharedSession(
             network,
@@ -105,6 +109,7 @@ class Client:
             ],
             will=(topics.presence(region, client), self._presence(online=False)),
             timeout=settings.mqtt_timeout,
+            tls=identity,
         )
 
     def start(self) -> None:
@@ -116,6 +121,17 @@ class Client:
         topic = self._topics.presence(self._region, self.id)
         self.session.publish(topic, self._presence(online=False), retain=True)
         self.log.info("client_stopped", round=self._core.round, duty=self._core.duty)
+
+    def renew(self) -> None:
+        """Have the session go on with the certificate that is on disk now, as soon as no receipt
+        can be missed meanwhile."""
+        self._renewed = True
+        self._reconnect_when_due()
+
+    def _reconnect_when_due(self) -> None:
+        if self._renewed and self._core.duty in (core.Duty.IDLE, core.Duty.TRAINING):
+            self._renewed = False
+            self.session.renew()
 
     def wake_at(self) -> float | None:
         """When `tick` is due next."""
@@ -240,6 +256,7 @@ class Client:
                 case core.RunFinished(run, took_part):
                     self.log.info("run_finished", run=run, took_part=took_part)
                     self._run_finished(self, took_part)
+        self._reconnect_when_due()
 
     def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
         payload = self._outbox.payload

@@ -16,7 +16,9 @@ from fedfog.messages.topics import is_name
 from fedfog.settings import ClientSettings, load
 from fedfog.transport.mqtt import TransportError
 from fedfog.transport.network import Network, SessionFailed, SharedSession
+from fedfog.transport.tls import Identity
 from fedfog_client.client import Client, ModelReader
+from fedfog_client.identity import Failed, Identities, Ready, Renewed, certified_name
 from fedfog_client.outbox import Outbox
 from fedfog_client.trainer import Trained, Trainer, TrainingFailed
 
@@ -30,16 +32,13 @@ class Process:
     """
 
     def __init__(self, settings: ClientSettings, state_dirs: dict[str, Path]) -> None:
-        self._settings = settings
+        self._settings, self._state_dirs = settings, state_dirs
         self._network = Network()
         self._trainer = Trainer(settings, self._network.put)
-        reader = ModelReader()
-        clients = [
-            Client(settings, name, folder, self._network, reader, self._trainer, self._run_finished)
-            for name, folder in state_dirs.items()
-        ]
-        self._clients = {client.id: client for client in clients}
-        self._by_session: dict[SharedSession | None, Client] = {c.session: c for c in clients}
+        self._reader = ModelReader()
+        self._joining = set(state_dirs)  # clients that have no identity yet
+        self._clients: dict[str, Client] = {}
+        self._by_session: dict[SharedSession | None, Client] = {}
         self._due: list[tuple[float, str]] = []
         self._finished: dict[str, bool] = {}  # clients that saw the end of a run: they took part
         self._failed = False
@@ -54,15 +53,19 @@ class Process:
         heartbeat = Heartbeat()
         service.on_stop(self._network.put)
         self._network.start()
-        for client in self._clients.values():
-            client.start()
         self._trainer.start()
+        if self._settings.enrolment_url:
+            Identities(self._settings, self._state_dirs, self._network.put).start()
+        else:
+            for name in self._state_dirs:
+                self._admit(name, Identity.of(self._settings.tls_dir))
         while not self._over():
             now = time.monotonic()
             wait = min(BEAT_SECONDS, self._due[0][0] - now) if self._due else BEAT_SECONDS
             item = self._network.next(wait)
             now = time.monotonic()
-            heartbeat.beat("ready" if self._network.connected else "no MQTT broker")
+            waits_for = "MQTT broker" if self._clients else "certificate"
+            heartbeat.beat("ready" if self._network.connected else f"no {waits_for}")
             if item is not None:
                 session, event = item
                 if isinstance(event, service.StopRequested):
@@ -75,6 +78,21 @@ class Process:
         self._network.stop()
         return service.EXIT_FAILED if self._failed else service.EXIT_OK
 
+    def _admit(self, name: str, identity: Identity | None) -> None:
+        client = Client(
+            self._settings,
+            name,
+            self._state_dirs[name],
+            self._network,
+            self._reader,
+            self._trainer,
+            self._run_finished,
+            identity,
+        )
+        self._joining.discard(name)
+        self._clients[name] = self._by_session[client.session] = client
+        client.start()
+
     def _handle(self, session: SharedSession | None, event: Any, now: float) -> None:
         match event:
             case SessionFailed(error):
@@ -85,6 +103,19 @@ class Process:
                 if name is None:
                     raise reason from error
                 self._end(self._clients.get(name), reason)
+                return
+            case Ready(name, identity):
+                self._admit(name, identity)
+                return
+            case Renewed(name):
+                if client := self._clients.get(name):
+                    client.renew()
+                return
+            case Failed(name, error):
+                if name in self._joining:
+                    self._joining.remove(name)
+                    self._lose(name, error)
+                self._end(self._clients.get(name), error)
                 return
             case Trained(job):
                 client = self._clients.get(job.client)
@@ -119,14 +150,18 @@ class Process:
         if client is None:  # it has ended for another reason
             return
         del self._clients[client.id], self._by_session[client.session]
-        if not self._clients:
-            raise error
-        self._failed = True
-        client.log.error("client_failed", error=str(error), others=len(self._clients))
+        self._lose(client.id, error)
         self._finished.pop(client.id, None)
         self._trainer.cancel(client.id)
         client.stop()
         client.session.stop()
+
+    def _lose(self, name: str, error: Exception) -> None:
+        others = len(self._clients) + len(self._joining)
+        if not others:
+            raise error
+        self._failed = True
+        log.error("client_failed", client=name, error=str(error), others=others)
 
     def _run_finished(self, client: Client, took_part: bool) -> None:
         self._finished[client.id] = took_part
@@ -134,20 +169,25 @@ class Process:
     def _over(self) -> bool:
         return (
             self._settings.exit_when_finished
+            and not self._joining
             and len(self._finished) == len(self._clients)
             and any(self._finished.values())
         )
 
 
 def client_id_of(settings: ClientSettings) -> str:
-    """CLIENT_ID or, without it, the name that this client's state folder was given at first.
+    """The name in the client's certificate, CLIENT_ID or, without them, the name that this client's
+    state folder was given at first.
 
     If that is lost or damaged, the name is the one on the update in the outbox; without an update
     nobody waits for the old name, and the client takes a new one.
 
     Raises:
         OSError: STATE_DIR is full, or cannot be read or written.
+        ServiceError: the certificate has another CLIENT_ID or REGION.
     """
+    if certified := certified_name(settings):
+        return certified
     if settings.client_id:
         return settings.client_id
     path = settings.state_dir / "client_id"
