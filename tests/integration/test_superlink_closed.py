@@ -16,7 +16,7 @@ import psutil
 import pytest
 from flwr.proto.message_pb2 import PushObjectRequest
 
-from centre import LIMIT, Centre, Region, expected
+from centre import LIMIT, Centre, Region, expected, lines
 from conftest import REPOSITORY, Service
 from fedfog.cli.broker import free_port, installed_mosquitto
 from fedfog.flower.fleet import ControlError, run_status, stop_run, submit_run
@@ -317,6 +317,8 @@ def test_without_a_list_of_the_revoked_nginx_does_not_start(
 def test_a_federation_trains_through_it(
     services: Callable[..., Service], pki: Path, tmp_path: Path
 ) -> None:
+    """Also when nginx is started again: the bridge's node is the same after that, but has lost
+    what it had fetched."""
     if installed_mosquitto() is None:
         pytest.skip("Mosquitto is not installed (apt install mosquitto)")
     doors = TwoDoors(tmp_path / "broker", pki)
@@ -325,7 +327,7 @@ def test_a_federation_trains_through_it(
     centre = Centre(services, doors, tmp_path, **secured, rounds=2)
     gate = Gate(tmp_path / "gate", pki, f"127.0.0.1:{centre.port}").start()
     try:
-        region, server = Region(doors.port), centre.start()
+        region, server = Region(doors.port, allowed=1), centre.start()
         bridge = services(
             "fedfog_bridge.main",
             doors,
@@ -334,7 +336,17 @@ def test_a_federation_trains_through_it(
             mqtt_port=doors.tls_port,
             tls_dir=pki / "bridge.region_0",
         )
+        region.model(1)
+        in_hand = '"round": 2.*"train_message"'
+        bridge.wait_for_log(in_hand)
+        gate.stop()
+        bridge.wait_for_log(f"(?s:{in_hand}.*waiting_for_superlink)")
+        gate.start()
+        bridge.wait_for_log('(?s:("bridge_online".*){2})')
+        region.allow(2)
         assert server.wait(LIMIT) == 0
+        nodes = {line["node_id"] for line in lines(bridge, "bridge_online")}
+        assert len(nodes) == 1
         assert region.model(2).vector.tobytes() == expected(region.models[0], 2)
         assert bridge.stop() == 0
         region.close()
