@@ -49,10 +49,17 @@ class Store:
 class FaultyRegion(RuleBasedStateMachine):
     """One region, three clients and a server that publishes a model for every new partial."""
 
-    @initialize(quorum=st.sampled_from([None, 2]))
-    def begin(self, quorum: int | None) -> None:
+    @initialize(quorum=st.sampled_from([None, 2]), robust=st.booleans())
+    def begin(self, quorum: int | None, robust: bool) -> None:
         self._begin_above()
-        self.policy = rounds.Policy(quorum=quorum, deadline=10, settle=1, limit=20, expected=3)
+        self.policy = rounds.Policy(
+            quorum=quorum,
+            deadline=10,
+            settle=1,
+            limit=20,
+            expected=3,
+            aggregation="median" if robust else "fedavg",
+        )
         self.now = 0.0
         self.boot = 0
         self.server_away = False
@@ -78,8 +85,9 @@ class FaultyRegion(RuleBasedStateMachine):
         model = self.model if model is None else model
         next_round = model + 1
         stored = self.store.stored(next_round)
+        slots, vector = self.store.slots, np.zeros(SIZE, np.float32)
         return rounds.ModelArrived(
-            RUN, 1, next_round, f"m{model}", SIZE, False, stored, self.store.slots
+            RUN, 1, next_round, f"m{model}", SIZE, False, stored, slots, vector
         )
 
     def _start_region(self, retained: int | None = None) -> None:
@@ -277,9 +285,11 @@ class FaultyRegion(RuleBasedStateMachine):
     @invariant()
     def partials_are_exact(self) -> None:
         for round, (mean, members) in self.store.partials.items():
-            products = [n * vector_of(c, round).astype(np.float64) for c, n in members.items()]
-            expected = (np.sum(products, axis=0) / sum(members.values())).astype(np.float32)
-            assert mean.tobytes() == expected.tobytes()
+            vectors = [vector_of(c, round).astype(np.float64) for c in members]
+            expected = np.average(vectors, axis=0, weights=list(members.values()))
+            if self.policy.aggregation == "median":
+                expected = np.median(vectors, axis=0)
+            assert mean.tobytes() == expected.astype(np.float32).tobytes()
             assert members == {c: examples_of(c) for c in members}
 
     @invariant()

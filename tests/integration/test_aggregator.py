@@ -72,6 +72,13 @@ def hostile_payloads() -> dict[str, tuple[bytes, str]]:
             good.replace(b'num_examples\\":10', b'num_examples\\":-5'),
             "examples",
         ),
+        "a loss whose sum is not finite": (
+            good.replace(
+                b'train_loss\\":0.5,\\"validation_loss\\":null',
+                b'train_loss\\":9e300,\\"validation_loss\\":10',
+            ),
+            "train_loss",
+        ),
         "too many examples": (
             update(BASE, constant(9), "m", num_examples=10**8),
             "MAX_EXAMPLES",
