@@ -133,7 +133,11 @@ class _WithAggregation(CommonSettings):
         "poisoned ones can do (docs/robustness.md)",
     )
     byzantine: float = Field(
-        0.2, ge=0, lt=0.5, description="share of poisoned models that the rule has to bear"
+        0.2,
+        ge=0,
+        lt=0.5,
+        description="share of the models that may be poisoned, for AGGREGATION; of the models at "
+        "hand, rounded down, but one at least",
     )
 
 
