@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -24,9 +25,15 @@ pytest_plugins = ["stacks"]  # fixtures of tests/compose
 
 
 class Peer:
-    """An MQTT peer: publishes, and remembers all that it receives."""
+    """An MQTT peer: publishes, and remembers all that it receives.
 
-    def __init__(self, port: int, *filters: str, client_id: str = "") -> None:
+    Args:
+        tls: for a broker that wants a certificate.
+    """
+
+    def __init__(
+        self, port: int, *filters: str, client_id: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
         self.received: list[tuple[str, bytes]] = []
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
@@ -34,6 +41,8 @@ class Peer:
         self._client = client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5
         )
+        if tls:
+            client.tls_set_context(tls)
         client.reconnect_delay_set(1, 1)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import tarfile
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
+from fedfog.transport import tls
 
 SECONDS = 300.0
 
@@ -35,7 +38,7 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def images(engine: None) -> None:
-    """The five images, built from this checkout."""
+    """The six images, built from this checkout."""
     command = ["docker", "compose", "--profile", "monitor", "build"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,7 +52,7 @@ class Project:
         self._command = ["docker", "compose", "--env-file", str(env_file)]
         self._command += ["-p", name, "-f", str(REPOSITORY / file)]
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME") or "DOCKER" in k}
-        self._environment = kept | {"MQTT_HOST_PORT": "0"} | settings
+        self._environment = kept | {"MQTT_HOST_PORT": "0", "ENROLMENT_HOST_PORT": "0"} | settings
 
     def command(self, *arguments: str, timeout: float = SECONDS) -> tuple[int, bytes, str]:
         """Run `docker compose ARGUMENTS`; returns exit code, standard output and the end of
@@ -81,6 +84,14 @@ class Project:
             file = files.extractfile(name)
             assert file is not None
             return json.load(file)
+
+    def observer(self) -> ssl.SSLContext:
+        """What gets in at the broker to listen, from the host: the monitor's certificate."""
+        with tempfile.TemporaryDirectory() as folder:
+            archive = self.ok("cp", "pki:/pki/monitor/.", "-")
+            with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+                files.extractall(folder, filter="data")
+            return tls.context(Path(folder), Path(folder, "tls.crt"), Path(folder, "tls.key"))
 
     def containers(self) -> dict[str, Any]:
         """What `docker inspect` says of each container, by name."""

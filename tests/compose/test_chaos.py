@@ -8,6 +8,7 @@ SEED=7 in the environment replays a schedule.
 import json
 import os
 import random
+import ssl
 import subprocess
 import sys
 import time
@@ -241,13 +242,15 @@ def port() -> int:
 
 
 @pytest.fixture
-def watch(port: int) -> Iterator[Callable[[], "Watcher"]]:
-    """Connects a watcher to the stack."""
+def watch(port: int) -> Iterator[Callable[[Project], "Watcher"]]:
+    """Connects a watcher to the stack, in place of the one before: there is one such name."""
     made: list[Watcher] = []
 
-    def connect() -> Watcher:
-        made.append(Watcher(port))
-        return made[-1]
+    def connect(project: Project) -> Watcher:
+        for watcher in made:
+            watcher.close()
+        made[:] = [Watcher(port, project.observer())]
+        return made[0]
 
     yield connect
     for watcher in made:
@@ -257,9 +260,9 @@ def watch(port: int) -> Iterator[Callable[[], "Watcher"]]:
 class Watcher(Peer):
     """Sees all topics of the stack."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext) -> None:
         self.newest: ModelMeta | None = None
-        super().__init__(port, "fl/#")
+        super().__init__(port, "fl/#", tls=tls)
 
     def _on_message(self, client: Any, data: Any, message: MQTTMessage) -> None:
         if message.topic == TOPICS.global_model and message.payload:
@@ -287,7 +290,7 @@ def services(project: Project) -> dict[str, str]:
 
 
 def test_a_run_survives_what_docker_can_do_to_its_containers(
-    stack: Stack, port: int, watch: Callable[[], Watcher]
+    stack: Stack, port: int, watch: Callable[[Project], Watcher]
 ) -> None:
     rounds = 3 * EVERY * (FAULTS + 1)  # a fault takes up to 13
     both = {
@@ -310,7 +313,7 @@ def test_a_run_survives_what_docker_can_do_to_its_containers(
     up = ("up", "--detach", "--scale", f"client={CLIENTS}")
     first.ok(*up)
     second.ok(*up)
-    watcher = watch()
+    watcher = watch(first)
     assert watcher.reaches(1)
     say(f"\nSEED={SEED}, {rounds} rounds")
     for fault in draw(random.Random(SEED), services(first) | services(second)):
@@ -337,12 +340,12 @@ def test_a_run_survives_what_docker_can_do_to_its_containers(
 
 @pytest.mark.parametrize("how", ["stop", "down"])
 def test_a_stack_that_was_stopped_goes_on_with_its_run(
-    stack: Stack, port: int, watch: Callable[[], Watcher], how: str
+    stack: Stack, port: int, watch: Callable[[Project], Watcher], how: str
 ) -> None:
     project = stack(MQTT_HOST_PORT=str(port), ROUNDS="1000", LOCAL_EPOCHS="1", CLIENTS_EXPECTED="3")
     up = ("up", "--detach", "--scale", "client=3")
     project.ok(*up)
-    watcher = watch()
+    watcher = watch(project)
     assert watcher.reaches(3)
     began = time.monotonic()
     project.ok("stop")

@@ -78,9 +78,10 @@ def standing(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def peer(standing: Project) -> Iterator[Peer]:
     """Connected to the port that the stack publishes on the host."""
-    address = standing.ok("port", "mosquitto", "1883").decode().strip()
+    address = standing.ok("port", "mosquitto", "8883").decode().strip()
     assert address.startswith("127.0.0.1:"), "the broker is open to other hosts"
-    peer = Peer(int(address.rpartition(":")[2]), "fl/global_model")
+    port = int(address.rpartition(":")[2])
+    peer = Peer(port, "fl/global_model", tls=standing.observer())
     yield peer
     peer.close()
 
@@ -89,15 +90,25 @@ class TestStandingStack:
     """Without EXIT_WHEN_FINISHED the stack stands after the run, ready for the next."""
 
     def test_every_container_is_healthy(self, standing: Project) -> None:
-        state = {n: c["State"]["Health"]["Status"] for n, c in standing.containers().items()}
-        assert len(state) == 6
+        state = {
+            name: container["State"]["Health"]["Status"]
+            for name, container in standing.containers().items()
+            if "Health" in container["State"]  # `pki` ends, and `broker-pid` does nothing
+        }
+        assert len(state) == 8
         assert set(state.values()) == {"healthy"}, state
 
     def test_containers_run_without_rights(self, standing: Project) -> None:
         for name, container in standing.containers().items():
-            assert container["Config"]["User"] in ("10001:10001", "1883:1883"), name
             assert container["HostConfig"]["ReadonlyRootfs"], name
             assert container["HostConfig"]["Privileged"] is False, name
+            assert container["HostConfig"]["CapDrop"] == ["ALL"], name
+            assert container["HostConfig"]["SecurityOpt"] == ["no-new-privileges:true"], name
+            if name == "pki-1":  # has ended
+                assert container["HostConfig"]["CapAdd"] == ["CAP_CHOWN"]
+                assert container["HostConfig"]["NetworkMode"] == "none"
+                continue
+            assert container["Config"]["User"] in ("10001:10001", "1883:1883"), name
             service = name.rpartition("-")[0]
             status = standing.ok("exec", service, "cat", "/proc/1/status").decode()
             fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
@@ -172,6 +183,7 @@ class TestStandingStack:
         ("fog-aggregator", "torch flwr"),
         ("fog-bridge", "torch"),
         ("monitor", "torch flwr"),
+        ("enrolment", "torch flwr"),
         ("central-server", ""),
     ],
 )

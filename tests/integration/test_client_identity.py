@@ -15,12 +15,12 @@ import pytest
 from cryptography import x509
 
 from conftest import REPOSITORY, Service
-from fedfog.cli.broker import LocalBroker, installed_mosquitto
+from fedfog.cli.broker import LocalBroker, free_port, installed_mosquitto
 from fedfog.messages.codec import TensorTable, decode_json, decode_meta
 from fedfog.messages.schemas import PartialMeta, RegionReceipt
 from fedfog.ml.task import load_task
 from fedfog.ml.training import state_arrays
-from fedfog.settings import ClientSettings
+from fedfog.settings import ClientSettings, EnrolmentSettings
 from fedfog.transport import mqtt
 from fedfog.transport.tls import Identity
 from fedfog_client.identity import Failed, Identities, Ready, Renewed
@@ -28,7 +28,6 @@ from fedfog_enrolment import pki
 from fedfog_enrolment.ca import CA, common_name, pem
 from fedfog_enrolment.http import Enrolment, Server
 from fedfog_enrolment.registry import Issued, Registry
-from fedfog_enrolment.settings import EnrolmentSettings
 from secured import certify
 from wire import model
 
@@ -519,3 +518,48 @@ def members_of(monitor: mqtt.Session, round: int) -> set[str]:
             case mqtt.Received(_, payload) if payload:
                 told |= decode_json(payload, RegionReceipt).round == round
     return members
+
+
+def test_all_tiers_train_over_tls(
+    offices: Callable[..., Office], services: Callable[..., Service], tmp_path: Path
+) -> None:
+    """The broker has no plain listener, and SuperLink and enrolment have none."""
+    office = offices()
+    broker = LocalBroker(tmp_path / "broker", "mosquitto", tls_dir=office.folder / "broker").start()
+    port = free_port()
+    server = services(
+        "fedfog_central_server.main",
+        broker,
+        tls_dir=office.folder / "central-server",
+        superlink_tls_dir=office.folder / "superlink",
+        flower_port=port,
+        rounds=2,
+        runs_dir=tmp_path / "runs",
+        run_id="run",
+        exit_when_finished=True,
+    )
+    fog = {"region": REGION, "clients_expected": 3}
+    services(
+        "fedfog_aggregator.main",
+        broker,
+        tls_dir=office.folder / f"aggregator.{REGION}",
+        **fog,
+    )
+    services(
+        "fedfog_bridge.main",
+        broker,
+        tls_dir=office.folder / f"bridge.{REGION}",
+        region=REGION,
+        flower_server=f"127.0.0.1:{port}",
+    )
+    many = {"client_id": "sim", "clients_per_process": 2}
+    services("fedfog_client.main", broker, "sim", **office.settings, **many)
+    named = services("fedfog_client.main", broker, "named", **office.settings)
+    assert server.wait(2 * LIMIT) == 0
+    history = json.loads((tmp_path / "runs" / "run" / "history.json").read_text())
+    assert [record["num_clients"] for record in history["rounds"][-2:]] == [3, 3]
+    # The name that it made itself is the one in its certificate.
+    certificate = named.log.parent / "state" / "identity" / "tls.crt"
+    name = common_name(x509.load_pem_x509_certificate(certificate.read_bytes()))
+    assert f'"update": "run/2/{name}"' in named.log.read_text()
+    broker.stop()

@@ -11,7 +11,8 @@ COMPOSE = yaml.safe_load((Path(__file__).parents[2] / "compose.yaml").read_text(
 
 # What the images fix, because it is a path or a port inside the container; and what all replicas
 # of a service would share although each needs its own.
-INSIDE = {"STATE_DIR", "DATA_DIR", "RUNS_DIR", "FLOWER_PORT", "CLIENT_ID"}
+INSIDE = {"STATE_DIR", "DATA_DIR", "RUNS_DIR", "FLOWER_PORT", "CLIENT_ID", "PKI_DIR"}
+INSIDE |= {"ENROLMENT_PORT", "BROKER_PID"}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,9 @@ INSIDE = {"STATE_DIR", "DATA_DIR", "RUNS_DIR", "FLOWER_PORT", "CLIENT_ID"}
         ("fog-bridge", settings.BridgeSettings),
         ("client", settings.ClientSettings),
         ("monitor", settings.CommonSettings),
+        ("enrolment", settings.EnrolmentSettings),
+        ("pki", settings.EnrolmentSettings),
+        ("guard", settings.GuardSettings),
     ],
 )
 def test_every_setting_of_a_service_can_be_set_from_outside(
@@ -36,4 +40,5 @@ def test_every_setting_of_a_service_can_be_set_from_outside(
 
 def test_images_that_are_not_built_here_are_pulled_where_they_are_missing() -> None:
     for name, service in COMPOSE.items():
-        assert service["pull_policy"] == ("never" if "build" in service else "missing"), name
+        here = service["image"].startswith("fedfog-")
+        assert service["pull_policy"] == ("never" if here else "missing"), name

@@ -31,12 +31,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedfog import service
 from fedfog.files import write_atomically
 from fedfog.health import BEAT_SECONDS, Heartbeat
-from fedfog.settings import CommonSettings, load
+from fedfog.settings import GuardSettings, load
 from fedfog.transport.tls import context
 from fedfog_enrolment import acl
 from fedfog_enrolment.ca import CAError, load_certificate
@@ -49,22 +49,6 @@ MAX_BYTES = 1 << 24
 ASK_SECONDS, ANSWER_SECONDS, PAUSE_SECONDS = 5.0, 5.0, 0.02
 # For a broker to start, to read its lists again, and to end.
 START_SECONDS, PROBE_SECONDS, END_SECONDS = 60.0, 10.0, 5.0
-
-
-class GuardSettings(CommonSettings):
-    """Settings of the guard. MQTT_BROKER and MQTT_PORT are the broker that it tries."""
-
-    pki_dir: Path = Field(
-        Path("pki"),
-        description="folder of the PKI, of which the guard needs `broker` (to write), `probe` and "
-        "`probe-revoked`",
-    )
-    guard_socket: Path = Field(
-        Path("guard/guard.sock"), description="Unix socket for enrolment's lists"
-    )
-    broker_pid: int | None = Field(
-        None, ge=1, description="process id of the broker; default: the one process `mosquitto`"
-    )
 
 
 class GuardError(service.ServiceError):

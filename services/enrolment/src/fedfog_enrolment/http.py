@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedfog.messages.topics import NAME_PATTERN
+from fedfog.settings import EnrolmentSettings
 from fedfog_enrolment.ca import CA, CAError, key_hash
 from fedfog_enrolment.registry import Issued, RefusedError, Registry, RegistryError
-from fedfog_enrolment.settings import EnrolmentSettings
 
 log = structlog.get_logger()
 

@@ -8,12 +8,12 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedfog.files import write_atomically
+from fedfog.settings import EnrolmentSettings
 from fedfog.transport import tls
 from fedfog_enrolment import guard
 from fedfog_enrolment.acl import acl
 from fedfog_enrolment.ca import CA, key_pem, new_key, pem
 from fedfog_enrolment.registry import Registry
-from fedfog_enrolment.settings import EnrolmentSettings
 
 VISIT_SECONDS = 5.0
 LOOP_SECONDS = 0.02
@@ -35,7 +35,7 @@ class Lists:
         settings, first = self._settings, self._in_force is None
         listed = self._ca.revoked(settings.pki_dir / "broker" / "ca.crl")
         revoked = listed | self._registry.revoked()
-        if revoked == self._in_force:
+        if revoked == listed == self._in_force:
             return
         access = acl(settings.region_list, settings.topics, settings.parents) if first else None
         guard.install(settings.guard_socket, self._ca.crl(revoked), access)

@@ -14,12 +14,11 @@ import structlog
 from fedfog import service
 from fedfog.control import Asked, Control, IdentityAnswer, IdentityCommand, identity_command
 from fedfog.health import BEAT_SECONDS, Heartbeat
-from fedfog.settings import load
+from fedfog.settings import EnrolmentSettings, load
 from fedfog_enrolment.ca import CA
 from fedfog_enrolment.http import Enrolment, Server
 from fedfog_enrolment.lists import Lists
 from fedfog_enrolment.registry import Registry
-from fedfog_enrolment.settings import EnrolmentSettings
 
 log = structlog.get_logger()
 
@@ -127,6 +126,7 @@ def serve(settings: EnrolmentSettings) -> int:
     finally:
         control.close()
         server.server_close()
+        registry.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

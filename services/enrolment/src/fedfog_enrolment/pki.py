@@ -30,10 +30,9 @@ from cryptography.hazmat.primitives.serialization import (
 from fedfog import service
 from fedfog.files import write_atomically
 from fedfog.messages.topics import Topics
-from fedfog.settings import load
+from fedfog.settings import LOCAL, EnrolmentSettings, load
 from fedfog_enrolment.acl import acl
 from fedfog_enrolment.ca import CA, key_pem, load_certificate, names_of, new_key, pem
-from fedfog_enrolment.settings import LOCAL, EnrolmentSettings
 
 log = structlog.get_logger()
 

@@ -111,6 +111,10 @@ class Registry:
         if found != "ok":
             raise self._damaged(found)
 
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
     # Questions of devices
 
     def join(self, token: str, key: str, name: str, sign: Sign) -> Issued:

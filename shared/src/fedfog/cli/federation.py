@@ -207,8 +207,8 @@ class Federation:
     def _make_pki(self) -> None:
         """Raises ServiceError: it cannot be made."""
         log = self.logs / "pki.log"
-        code = spawn([sys.executable, "-m", "fedfog_enrolment.pki"], self._pki_env("pki"), log).wait()
-        if code:
+        command = [sys.executable, "-m", "fedfog_enrolment.pki"]
+        if spawn(command, self._pki_env("pki"), log).wait():
             raise ServiceError(f"no PKI ({log}): {log.read_text(errors='replace')[-500:]}")
 
     def _pki_env(self, name: str, **settings: object) -> dict[str, str]:

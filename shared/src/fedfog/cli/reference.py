@@ -24,14 +24,46 @@ SERVICES: Mapping[str, type[settings.CommonSettings]] = {
     "fog-aggregator": settings.AggregatorSettings,
     "fog-bridge": settings.BridgeSettings,
     "client": settings.ClientSettings,
+    "enrolment": settings.EnrolmentSettings,
+    "guard": settings.GuardSettings,
 }
 
 # What compose.yaml settles by itself, and where it has a default of its own.
-_NOT_IN_COMPOSE = {"STATE_DIR", "DATA_DIR", "RUNS_DIR", "FLOWER_HOST", "FLOWER_PORT", "CLIENT_ID"}
+_NOT_IN_COMPOSE = {
+    "STATE_DIR",
+    "DATA_DIR",
+    "RUNS_DIR",
+    "FLOWER_HOST",
+    "FLOWER_PORT",
+    "CLIENT_ID",
+    "TLS_DIR",
+    "SUPERLINK_TLS_DIR",
+    "JOIN_TOKEN_FILE",
+    "PKI_DIR",
+    "PKI_OWNERS",
+    "GUARD_SOCKET",
+    "BROKER_PID",
+    "ENROLMENT_HOST",
+    "ENROLMENT_PORT",
+}
 _IN_COMPOSE = {
     "MQTT_BROKER": "mosquitto",
+    "MQTT_PORT": "8883",
+    "ENROLMENT_URL": "https://enrolment:8443",
     "FLOWER_SERVER": "central-server:8080",
     "LOG_FORMAT": "json",
+}
+_OF_COMPOSE = {
+    "PUBLISH_ADDRESS": (
+        "address of this machine where broker and enrolment can be reached",
+        "127.0.0.1",
+    ),
+    "MQTT_HOST_PORT": ("port there of the broker", "8883"),
+    "ENROLMENT_HOST_PORT": ("port there of the enrolment service", "8443"),
+    "ALL_REGIONS": (
+        "regions that get identities, if more than REGIONS: also those above others",
+        "",
+    ),
 }
 
 
@@ -98,10 +130,9 @@ def env_example() -> str:
     lines = [
         "# Settings of the compose stack: copy this file to `.env`, and take the `#` away from",
         "# what you change. Made by `make docs`; docs/settings.md says who reads which setting.",
-        "",
-        "# port on this machine's loopback where the broker can be reached",
-        "#MQTT_HOST_PORT=1883",
     ]
+    for name, (meaning, default) in _OF_COMPOSE.items():
+        lines += ["", f"# {meaning}", f"#{name}={default}"]
     told = set(_NOT_IN_COMPOSE)
     models: list[type[settings.CommonSettings]] = [settings.CommonSettings, *SERVICES.values()]
     for model in models:
