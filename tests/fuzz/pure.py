@@ -2,12 +2,12 @@
 
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fuzz.mutator import mutants
-from fuzz.readers import READERS
+from fuzz.readers import READERS, Reader
 
 # Of a payload's size, what a reader may have in memory beside it at any time, with room for what
 # does not depend on it: small objects, a few errors, and a line of the log.
@@ -27,7 +27,11 @@ class Result:
 
 
 def run(
-    folder: Path, count: int, seed: int = 1, told: Callable[[int], None] = lambda _done: None
+    folder: Path,
+    count: int,
+    seed: int = 1,
+    told: Callable[[int], None] = lambda _done: None,
+    readers: Sequence[Reader] = READERS,
 ) -> list[Result]:
     """Give `count` mutants to the readers, in equal parts.
 
@@ -35,8 +39,8 @@ def run(
         FuzzError: one ended with an exception, or took far more memory than its payload.
     """
     results = []
-    each = -(-count // len(READERS))
-    for number, reader in enumerate(READERS):
+    each = -(-count // len(readers))
+    for number, reader in enumerate(readers):
         chance = random.Random(seed + number)
         take = reader.make(folder / reader.name.replace(" ", "-"))
         topics = list(reader.valid)

@@ -205,6 +205,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     disable_nagle_algorithm = True
 
+    def setup(self) -> None:
+        super().setup()
+        # At an end without a farewell, TLS forgets whom it has verified.
+        self._shown = cast(ssl.SSLSocket, self.connection).getpeercert(binary_form=True)
+
     def do_GET(self) -> None:
         found = self.path == "/v1/health"
         self._answer(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND, {})
@@ -216,8 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path == "/v1/join":
                 issued = enrolment.join(body)
             elif self.path == "/v1/renew":
-                shown = cast(ssl.SSLSocket, self.connection).getpeercert(binary_form=True)
-                issued = enrolment.renew(body, shown)
+                issued = enrolment.renew(body, self._shown)
             else:
                 raise RefusedError(HTTPStatus.NOT_FOUND, "no such path")
         except RefusedError as error:
