@@ -146,6 +146,7 @@ def _client(folder: Path) -> Read:
             ModelReader(),
             trainer,
             lambda _client, _took_part: None,
+            None,
         )
 
     client, left = fresh(), FRESH_AFTER
