@@ -102,7 +102,7 @@ def test_an_honest_update_counts_in_each_of_20_rounds_while_an_enrolled_client_f
         "fedfog_aggregator.main",
         stage.broker,
         region="r0",
-        clients_expected=1,
+        clients_expected=2,
         round_deadline=20,
         log_level="info",
         **stage.settings("aggregator.r0"),
