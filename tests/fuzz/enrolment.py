@@ -4,7 +4,6 @@ import random
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -92,9 +91,13 @@ def _converse_tls(port: int, context: ssl.SSLContext, data: bytes) -> None:
     with (
         socket.create_connection(("127.0.0.1", port), 20.0) as sock,
         context.wrap_socket(sock, server_hostname="localhost") as stream,
-        suppress(ConnectionError, ssl.SSLError),
     ):
-        stream.sendall(data)
-        socket.socket.shutdown(stream, socket.SHUT_WR)
-        while stream.recv(65536):
-            pass
+        try:
+            stream.sendall(data)
+            socket.socket.shutdown(stream, socket.SHUT_WR)
+            while stream.recv(65536):
+                pass
+        except TimeoutError:
+            raise
+        except OSError:
+            return

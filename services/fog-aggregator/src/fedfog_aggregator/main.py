@@ -85,7 +85,7 @@ class Aggregator:
             self._boot,
             self._store.newest(),
         )
-        self._quota = Quota(settings.client_quota)
+        self._quota, self._lines = Quota(settings.client_quota), Quota(settings.client_quota)
         self._table: TensorTable | None = None
         self._last_progress = 0.0
         self._exit: int | None = None
@@ -180,9 +180,8 @@ class Aggregator:
             status = decode_json(payload, Status)
             return [rounds.OwnStatusSeen(status.boot, status.online)]
         except CodecError as error:
-            log.warning(
-                "message_refused", topic=topic[:TOPIC_SAID], bytes=len(payload), reason=str(error)
-            )
+            topic = topic[:TOPIC_SAID]
+            self._warn(topic, "message_refused", topic=topic, bytes=len(payload), reason=str(error))
             return []
 
     def _may_send(self, topic: str) -> bool:
@@ -266,12 +265,8 @@ class Aggregator:
             if (meta.region, meta.client) != (self._region, client):
                 raise CodecError(f"it says {meta.region}/{meta.client}, its topic does not")
         except CodecError as error:
-            log.warning(
-                "update_rejected",
-                client=client[:TOPIC_SAID],
-                bytes=len(payload),
-                reason=str(error),
-            )
+            name = client[:TOPIC_SAID]
+            self._warn(name, "update_rejected", client=name, bytes=len(payload), reason=str(error))
             if is_name(client):
                 self._answer(
                     client,
@@ -446,7 +441,12 @@ class Aggregator:
 
     def _log_refusal(self, client: str, run: str, round_: int, verdict: str, reason: str) -> None:
         update = f"{run}/{round_}/{self._region}/{client}"
-        log.warning(f"update_{verdict}", update=update, reason=reason)
+        self._warn(client, f"update_{verdict}", update=update, reason=reason)
+
+    def _warn(self, of: str, event: str, **fields: object) -> None:
+        """Log what one sender has done wrong: in a minute, as often as it may send in a round."""
+        if self._lines.take(of, False, None, time.monotonic()):
+            log.warning(event, **fields)
 
     def _publish_status(self) -> None:
         machine = self._rounds

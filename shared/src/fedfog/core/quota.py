@@ -44,7 +44,7 @@ class Quota:
         self._taken[sender] += 1
         if self._taken[sender] <= self._limit:
             return True
-        self._refused[sender] += 1
+        self._refused[sender if len(self._refused) < MAX_UNKNOWN else ""] += 1
         return False
 
     def report(self, now: float) -> Counter[str]:
