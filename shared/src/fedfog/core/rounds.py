@@ -287,7 +287,7 @@ class RegionRounds:
         self._awaited: set[str] = set()  # of the cohort: neither members nor departed
         self._departed: set[str] = set()
         self._boots: dict[str, int] = {}
-        self._full = False  # it was said
+        self._full = self._said_full = False
         self._newest_arrival = 0.0
         self._opened = 0.0
         self._retry_at = 0.0
@@ -346,7 +346,7 @@ class RegionRounds:
             actions.append(Log("warning", "round_overtaken_updates_void", void))
         # Right after a start it is not known yet who is there, and in a new run who will come.
         cohort_known = same_run and self.phase not in (Phase.WAITING, Phase.FORMING)
-        self.run, self.round = event.run, event.round
+        self.run, self.round, self._full = event.run, event.round, False
         self._newest = Newest(event.run, event.run_started, event.round)
         self._digest, self._num_parameters = event.digest, event.num_parameters
         self._base = event.vector
@@ -524,7 +524,7 @@ class RegionRounds:
 
     def _presence(self, event: PresenceSeen, now: float) -> list[Action]:
         if not self._has_room_for(event.client):
-            said, self._full = self._full, True
+            said, self._said_full = self._said_full, True
             fields = {"refused": event.client, "most_clients": MAX_CLIENTS}
             return [] if said else [Log("error", "region_is_full", fields)]
         newest = self._boots.get(event.client, 0)
@@ -534,6 +534,7 @@ class RegionRounds:
         if not event.online:
             if self.present.pop(event.client, None) is None:
                 return []
+            self._full = False
             if self.slots:
                 self.slots.leave(event.client, now)
             if self.phase not in _OPEN or event.client in self.members:
@@ -558,10 +559,13 @@ class RegionRounds:
         """The client is known, or one more may be; forgets those that have no part any more."""
         if client in self._boots or len(self._boots) < MAX_CLIENTS:
             return True
+        if self._full:  # nobody has left since that was found
+            return client in self.cohort
         holders = self.slots.holders if self.slots else {}
         kept = self.present.keys() | self.cohort | holders.keys()
         self._boots = {name: self._boots.get(name, 0) for name in kept}
-        return client in kept or len(kept) < MAX_CLIENTS
+        self._full = len(kept) >= MAX_CLIENTS
+        return client in kept or not self._full
 
     def _own_status(self, event: OwnStatusSeen, _now: float) -> list[Action]:
         if event.boot > self.boot:
