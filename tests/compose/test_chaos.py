@@ -282,10 +282,11 @@ class Watcher(Peer):
 
 
 def services(project: Project) -> dict[str, str]:
-    """Names of a project's containers, and their services."""
+    """Names of a project's containers that stand, and their services."""
     return {
         container["Name"].removeprefix("/"): container["Config"]["Labels"][SERVICE]
         for container in project.containers().values()
+        if container["State"]["Running"]
     }
 
 

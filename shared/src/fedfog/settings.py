@@ -363,7 +363,13 @@ class GuardSettings(_PkiSettings):
     """Settings of the guard. MQTT_BROKER and MQTT_PORT are the broker that it tries."""
 
     broker_pid: int | None = Field(
-        None, ge=1, description="process id of the broker; default: the one process `mosquitto`"
+        None, ge=1, description="process id of the broker; default: see BROKER_SIGNALS"
+    )
+    broker_signals: Path = Field(
+        Path("pki/broker/signals"),
+        json_schema_extra={"format": "file-path"},
+        description="named pipe for the names of signals, read by what has started the broker, "
+        "which may be in another container",
     )
 
 

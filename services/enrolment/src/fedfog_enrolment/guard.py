@@ -9,6 +9,7 @@ It runs beside the broker, as the same user. The enrolment service hands it list
 socket (`install`); whoever reaches that can lock everybody out, so its folder is for these two.
 """
 
+import errno
 import os
 import queue
 import secrets
@@ -181,7 +182,7 @@ class _Broker:
     """The process, and the view that a client has of it."""
 
     def __init__(self, settings: GuardSettings) -> None:
-        self._settings = settings
+        self._pid, self._signals = settings.broker_pid, settings.broker_signals
         self._host, self._port = settings.mqtt_broker, settings.mqtt_port
         self._pki, self._topics = settings.pki_dir, settings.topics
 
@@ -206,8 +207,7 @@ class _Broker:
         self._revoked = self._context(REVOKED)
         # In TLS 1.3 the reason comes after the handshake, and may be lost.
         self._revoked.maximum_version = ssl.TLSVersion.TLSv1_2
-        self._pid = self._settings.broker_pid or _mosquitto()
-        os.kill(self._pid, signal.SIGHUP)
+        self._send(signal.SIGHUP)
 
     def check(self, token: str) -> None:
         """Try whether it follows the lists of which the access list has this token.
@@ -237,7 +237,7 @@ class _Broker:
         """Terminate it, and kill it if it still listens END_SECONDS later."""
         for number in signal.SIGTERM, signal.SIGKILL:
             with suppress(ProcessLookupError):
-                os.kill(self._pid, number)
+                self._send(number)
             deadline = time.monotonic() + END_SECONDS
             while time.monotonic() < deadline:
                 try:
@@ -247,7 +247,23 @@ class _Broker:
                 except OSError:  # refused, or its container and so its name is gone
                     return
                 time.sleep(PAUSE_SECONDS)
-        log.critical("broker_not_ended", pid=self._pid)
+        log.critical("broker_not_ended", pid=self._pid, signals=str(self._signals))
+
+    def _send(self, number: signal.Signals) -> None:
+        """Raises ProcessLookupError: there is no broker; other OSErrors: it is not ours."""
+        if self._pid is not None:
+            os.kill(self._pid, number)
+            return
+        try:
+            pipe = os.open(self._signals, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise ProcessLookupError(f"nobody reads {self._signals}") from error
+            raise
+        try:
+            os.write(pipe, f"{number.name.removeprefix('SIG')}\n".encode())
+        finally:
+            os.close(pipe)
 
     def _try_for(self, seconds: float, topics: Sequence[str]) -> list[int]:
         """The codes of a visit of the probe, as soon as it gets in and may write the first topic.
@@ -308,18 +324,6 @@ class _Broker:
         finally:
             client.disconnect()
         return codes
-
-
-def _mosquitto() -> int:
-    """Its process id. Raises ProcessLookupError."""
-    found = []
-    for name in Path("/proc").glob("[0-9]*/comm"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            if name.read_text() == "mosquitto\n":
-                found.append(int(name.parent.name))
-    if len(found) != 1:
-        raise ProcessLookupError(f"{len(found)} processes `mosquitto`, not one (BROKER_PID)")
-    return found[0]
 
 
 def serve(settings: GuardSettings) -> int:

@@ -1,9 +1,10 @@
 """`fedfog-pki`: makes the federation's PKI at the first start, and renews it at later ones.
 
 Each reader has a folder in PKI_DIR, so that it can be given that folder alone:
-`<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl`, `nginx/` has
-`ca.crl`; `bridge.<region>/supernode.key` is the bridge's key at the SuperLink, whose public half is
-in `superlink/bridge.<region>.pub` (both as OpenSSH writes them); `ca/` is for enrolment only;
+`<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl` and the pipe
+for its guard's signals, `nginx/` has `ca.crl`; `bridge.<region>/supernode.key` is the bridge's key
+at the SuperLink, whose public half is in `superlink/bridge.<region>.pub` (both as OpenSSH writes
+them); `ca/` is for enrolment only;
 `join/<region>.token`, for enrolment, admits the clients of a region, which start with what
 `client.<region>/{ca.crt,token}` holds. What a user brought stays as it is: a CA with its key in
 `ca/`, or a certificate of another CA in a reader's folder. To change the CA, empty PKI_DIR.
@@ -95,6 +96,10 @@ def ensure(
     if probe not in before:
         pki.write("broker", "ca.crl", ca.crl(before | {probe}))
     pki.write("nginx", "ca.crl", crl.read_bytes())
+    with pki.writing("broker") as folder:
+        if not (folder / "signals").exists():
+            os.mkfifo(folder / "signals", 0o600)
+            os.chown(folder / "signals", pki.owner("broker"), -1)
     return ca
 
 
