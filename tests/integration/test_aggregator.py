@@ -409,3 +409,22 @@ def test_rule_that_protects_nobody_among_so_few_says_so_when_the_round_opens(
     assert region.partial().meta.aggregation == rule
     warned = "aggregation_protects_nobody" in region.service.log.read_text()
     assert warned == (rule == "krum")
+
+
+def test_robust_rule_keeps_large_updates_apart_until_the_round_closes(
+    start: Callable[..., Region],
+) -> None:
+    """Messages of this size are read into buffers of their own, and there the updates stay."""
+    size = 100_000
+    table = TensorTable((("weights", (size,)),))
+    base = constant(0, size)
+    region = start(clients_expected=5, aggregation="trimmed_mean")
+    region.present(*"abcde")
+    region.peer.publish("fl/global_model", model(base, table=table), retain=True)
+    region.wait_phase("open", 1)
+    vectors = np.random.default_rng(0).normal(size=(5, size)).astype(np.float32)
+    for client, vector in zip("abcde", vectors, strict=True):
+        payload = update(base, vector, client, table=table)
+        region.peer.publish(f"fl/updates/region_0/{client}", payload)
+    expected = np.sort(vectors, axis=0)[1:4].mean(axis=0, dtype=np.float64)
+    np.testing.assert_array_equal(region.partial().vector, expected.astype(np.float32))
