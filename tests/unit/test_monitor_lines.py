@@ -39,6 +39,7 @@ PARTIAL = schemas.PartialMeta(
     num_examples=300,
     members={"client-1": 100, "client-2": 200},
     left_out={"client-3": "offline"},
+    suspicious={"client-2": "too far"},
     metrics=METRICS,
 )
 MODEL = schemas.ModelMeta(
@@ -108,6 +109,7 @@ MESSAGES: list[tuple[str, schemas.Payload, list[str]]] = [
             "client-1, client-2",
             "300 examples",
             "left out: client-3 (offline)",
+            "suspicious: client-2 (too far)",
             "2 tensors",
             "kB",
         ],

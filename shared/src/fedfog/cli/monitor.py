@@ -148,7 +148,7 @@ def _partial(meta: schemas.PartialMeta) -> str:
     return (
         f"partial of round {meta.round}, run {meta.run}: {meta.num_examples:,} examples of "
         f"{_count(meta.num_clients, 'client')}: {_list(meta.members)}; {_metrics(meta.metrics)}"
-        f"{_left_out(meta.left_out)}"
+        f"{_named('left out', meta.left_out)}{_named('suspicious', meta.suspicious)}"
     )
 
 
@@ -213,7 +213,8 @@ def _round(meta: schemas.RoundRecord) -> str:
         "" if meta.train_loss is None else f"train loss {meta.train_loss:.4f}",
         _evaluation(meta.evaluation) if meta.evaluation else "not evaluated",
     ]
-    return "; ".join(filter(None, parts)) + _left_out(meta.left_out)
+    named = _named("left out", meta.left_out) + _named("suspicious", meta.suspicious)
+    return "; ".join(filter(None, parts)) + named
 
 
 _FORMATS: Mapping[type[schemas.Payload], Callable[[Any], str]] = {
@@ -248,10 +249,10 @@ def _metrics(metrics: schemas.ClientMetrics) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in told.items())
 
 
-def _left_out(left_out: Mapping[str, str]) -> str:
-    if not left_out:
+def _named(how: str, reasons: Mapping[str, str]) -> str:
+    if not reasons:
         return ""
-    return "; left out: " + _list([f"{name} ({why})" for name, why in left_out.items()])
+    return f"; {how}: " + _list([f"{name} ({why})" for name, why in reasons.items()])
 
 
 def _list(names: Mapping[str, int] | list[str], limit: int = 10) -> str:
