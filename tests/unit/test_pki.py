@@ -56,7 +56,8 @@ def test_each_reader_gets_its_own_folder(tmp_path: Path) -> None:
     assert tokens == [(tmp_path / f"client.{region}" / "token").read_bytes() for region in REGIONS]
     assert len(set(tokens)) == 2
     assert min(len(token) for token in tokens) >= 43  # 256 bits
-    secret = ["acl", "ca.key", "r0.token", "r1.token", "supernode.key", "tls.key", "token"]
+    secret = ["acl", "ca.key", "r0.token", "r1.token", "signals", "supernode.key", "tls.key"]
+    secret.append("token")
     for path in tmp_path.glob("*/*"):
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o600 if path.name in secret else 0o644), path
