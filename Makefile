@@ -20,7 +20,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-compose chaos lint bench bench-full docs clean
+.PHONY: help env demo test test-compose chaos fuzz lint bench bench-full docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-compose: env ## the tests of images and compose file; needs a Docker engine
 
 chaos: env ## kill and cut everything for SECONDS=120 after a schedule of SEED=42; is anything lost?
 	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED) --tiers $(TIERS)
+
+fuzz: env ## 200,000 hostile payloads, packets and requests at everything that reads them: SEED=42
+	@PYTHONPATH=tests $(VENV)/bin/python -m fuzz --seed $(SEED)
 
 lint: env ## style, types and layers
 	$(VENV)/bin/ruff check
