@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,18 +15,44 @@ _RAW = (
     "[" + ",".join(["[]"] * 1000) + "]", '"../../../etc/passwd"', '"__class__"', '"region_0"',
     '"finished"', "2147483648", "0.1e1", "1e100", "1e308", '"2026-01-01"', "0x10", "01", "+1",
 )  # fmt: skip
+_NUMBERS = (
+    "-1", "0", "1", "-0.0", "0.5", "1e-400", "1e15", "1e30", "-1e30", "1e31", "1e308", "1e400",
+    "NaN", "Infinity", "1000000", "1000000000000000", "2147483648", "9223372036854775807",
+    "9223372036854775808", "18446744073709551615", "18446744073709551616", "9" * 400, "true",
+)  # fmt: skip
 _MARK = "\u0001raw\u0001"
 _BYTES = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xc0\xaf", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"')
 
 
 def mutants(seeds: Sequence[bytes], seed: int) -> Iterator[bytes]:
-    """Endless mutants of valid messages, which are JSON or `.safetensors`."""
+    """Endless mutants of valid messages, which are JSON or `.safetensors`: first all with one odd
+    number, then whatever chance makes."""
+    for payload in seeds:
+        yield from _with_odd_numbers(payload)
     chance = random.Random(seed)
     while True:
         payload = chance.choice(seeds)
         for _ in range(chance.choice((1, 1, 1, 2, 3))):
             payload = chance.choice(_WAYS)(payload, chance, seeds)
         yield payload
+
+
+def _with_odd_numbers(payload: bytes) -> Iterator[bytes]:
+    """A mutant for each number in the message's own fields and each odd one."""
+    fields = payload
+    if len(payload) > 8 and payload[8:9] == b"{":
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length])
+        fields = header["__metadata__"]["fedfog"].encode()
+    for match in re.finditer(rb'(?<=":)-?\d[\d.e+-]*', fields):
+        for number in _NUMBERS:
+            changed = fields[: match.start()] + number.encode() + fields[match.end() :]
+            if fields is payload:
+                yield changed
+                continue
+            header["__metadata__"]["fedfog"] = changed.decode()
+            text = json.dumps(header).encode()
+            yield len(text).to_bytes(8, "little") + text + payload[8 + length :]
 
 
 def _flip(payload: bytes, chance: random.Random, _seeds: Sequence[bytes]) -> bytes:
@@ -74,6 +101,16 @@ def _numbers(payload: bytes, chance: random.Random, _seeds: Sequence[bytes]) -> 
     return payload[: -chance.randint(0, 60) or None] + odd * chance.randint(0, 20)
 
 
+def _bloat(payload: bytes, chance: random.Random, _seeds: Sequence[bytes]) -> bytes:
+    """Far more fields or elements than there can be, now and then."""
+    if chance.random() < 0.98:
+        return _fields(payload, chance, _seeds)
+    number = chance.choice((5_000, 50_000))
+    fields = ",".join(f'"{i}":1' for i in range(number))
+    at = payload.find(b"{") + 1
+    return payload[:at] + chance.choice((fields + ",", '"x":[' + "[]," * number)).encode()
+
+
 def _fields(payload: bytes, chance: random.Random, _seeds: Sequence[bytes]) -> bytes:
     """Change the message as JSON: types, names, nesting, duplicates."""
     length = int.from_bytes(payload[:8], "little")
@@ -106,6 +143,7 @@ def _change(value: Any, chance: random.Random) -> bytes:
     if not places:
         return chance.choice(_RAW).encode()
     node, key = chance.choice(places)
+    raw = _NUMBERS if isinstance(node[key], int | float) and chance.random() < 0.8 else _RAW
     way = chance.randrange(6)
     if way == 0:
         del node[key]
@@ -114,7 +152,7 @@ def _change(value: Any, chance: random.Random) -> bytes:
     elif way == 2 and isinstance(node, dict):
         text = json.dumps(value, separators=(",", ":"))
         name = json.dumps(key) + ":"
-        return text.replace(name, f"{name}{chance.choice(_RAW)},{name}", 1).encode(
+        return text.replace(name, f"{name}{chance.choice(raw)},{name}", 1).encode(
             "utf-8", "replace"
         )
     elif way == 3:
@@ -123,12 +161,12 @@ def _change(value: Any, chance: random.Random) -> bytes:
     else:
         node[key] = _MARK
     text = json.dumps(value, separators=(",", ":"))
-    text = text.replace(json.dumps(_MARK), chance.choice(_RAW))
+    text = text.replace(json.dumps(_MARK), chance.choice(raw))
     return text.encode(chance.choice(("utf-8",) * 20 + ("utf-16", "utf-8-sig")), "replace")
 
 
 Way = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 _WAYS: tuple[Way, ...] = (
     _flip, _overwrite, _insert, _cut, _repeat, _splice, _length, _numbers,
-    _fields, _fields, _fields, _fields, _fields, _fields,
+    _fields, _fields, _fields, _fields, _fields, _bloat,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from fuzz.readers import READERS, Reader
 
 # Of a payload's size, what a reader may have in memory beside it at any time, with room for what
 # does not depend on it: small objects, a few errors, and a line of the log.
-TIMES, BESIDE = 30, 4 << 20
+TIMES, BESIDE = 40, 4 << 20
 
 
 class FuzzError(Exception):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import ValidationError
 from rich.console import Console
@@ -45,7 +46,7 @@ from fedfog_client.trainer import Trainer
 from fuzz.valid import BASE, PARTIAL, RECORD, REGION, VECTOR, messages
 
 Read = Callable[[str, bytes], None]
-FRESH_AFTER = 200  # payloads, so that one that changed the state does not end the search
+FRESH_AFTER = 40  # payloads, so that one that changed the state does not end the search
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class _Region:
         self._aggregator._handle(Received(topic, payload), 2.0)
         self._left -= 1
         machine = self._aggregator._rounds
-        if self._left == 0 and (machine.run, machine.round) == ("run", 1):
+        over = self._left == 0 or "m" in machine.members
+        if over and (machine.run, machine.round) == ("run", 1):
             self._close()
-        if self._left == 0 or self._aggregator._exit is not None or machine.phase != "open":
+        if over or self._aggregator._exit is not None or machine.phase != "open":
             self._aggregator._store.close()
             self._open()
 
@@ -108,12 +110,12 @@ class _Region:
         assert aggregator._rounds.phase == "open"
 
     def _close(self) -> None:
-        """The honest update is counted, whatever has come before it."""
+        """The honest update is counted, whatever has come before it, and the partial is sound."""
         self._aggregator._handle(Received(*self._honest), 3.0)
         self._aggregator._apply(Tick(), 1e6)
-        stored = self._aggregator._store.stored("run", 1)
-        assert stored is not None and stored.members is not None, self._aggregator._rounds.phase
-        assert "other" in stored.members
+        partial = decode(self._aggregator._store.committed("run", 1), PartialMeta)
+        assert "other" in partial.meta.members
+        assert np.isfinite(partial.vector).all()
 
 
 def _aggregator(folder: Path, **settings: Any) -> Read:
