@@ -17,7 +17,6 @@ from rich.table import Table
 
 from fuzz import enrolment, live, pure
 
-
 # Thousands of stores are made and synced there.
 MEMORY = Path("/dev/shm")
 
