@@ -15,6 +15,7 @@ import structlog
 
 from fedfog import service
 from fedfog.control import Answer, Asked, Control, ResumeCommand, RunCommand, StopCommand
+from fedfog.core.quota import Quota
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.messages.codec import CodecError, decode_json
 from fedfog.messages.schemas import Bell, Bridge
@@ -31,6 +32,9 @@ from fedfog_central_server.runs import Run, open_again, open_at_start, open_new
 
 log = structlog.get_logger()
 
+LINES = 60  # of the log, in a minute, about what is wrong on one topic
+TOPIC_SAID = 100  # characters
+
 
 class CentralServer:
     """The service.
@@ -44,6 +48,7 @@ class CentralServer:
         self._settings = settings
         self._topics = topics = settings.topics
         self._bridge_prefix = topics.bridge("")
+        self._lines = Quota(LINES)
         self._session = mqtt.Session(
             "fedfog-central-server",
             settings.mqtt_broker,
@@ -129,7 +134,9 @@ class CentralServer:
                 try:
                     self._message(topic, payload)
                 except CodecError as error:
-                    log.warning("message_refused", topic=topic, reason=str(error))
+                    topic = topic[:TOPIC_SAID]
+                    if self._lines.take(topic, False, None, time.monotonic()):
+                        log.warning("message_refused", topic=topic, reason=str(error))
             case InitialModel() | Evaluated() | LearningFailed():
                 if self._active is not None:
                     self._active.learned(event)
