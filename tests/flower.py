@@ -3,6 +3,8 @@
 import json
 import os
 import queue
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -117,6 +119,20 @@ class SuperLink:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
+
+
+def refuses_old_tls(port: int, ca: Path) -> bool:
+    """Whether the server on loopback ends a handshake of TLS 1.1."""
+    old = ssl.create_default_context(cafile=ca)
+    old.set_ciphers("ALL:@SECLEVEL=0")  # else this side would refuse it
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with socket.create_connection(("127.0.0.1", port), 10) as plain:
+        try:
+            old.wrap_socket(plain, server_hostname="localhost")
+        except ssl.SSLError as error:
+            # asyncio, in the SuperLink, closes before it has sent its alert.
+            return error.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")
+    return False
 
 
 class FlowerRun:

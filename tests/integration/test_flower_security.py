@@ -13,7 +13,7 @@ from fedfog.cli.broker import installed_mosquitto
 from fedfog.flower.fleet import FleetSession, NodeIdentity, SuperLinkLostError
 from fedfog.transport import tls
 from fedfog_enrolment.pki import ensure
-from flower import SuperLink, TwoDoors
+from flower import SuperLink, TwoDoors, refuses_old_tls
 
 REGIONS = ("region_0", "region_1")
 # What the log of a bridge says when it has the train message of round 2.
@@ -37,9 +37,9 @@ def doors(tmp_path: Path, pki: Path) -> Iterator[TwoDoors]:
     broker.stop()
 
 
-@pytest.fixture
-def superlink(tmp_path: Path, pki: Path) -> Iterator[SuperLink]:
-    running = SuperLink(tmp_path / "flower", pki).start()
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory, pki: Path) -> Iterator[SuperLink]:
+    running = SuperLink(tmp_path_factory.mktemp("flower"), pki).start()
     yield running
     running.stop()
 
@@ -79,6 +79,11 @@ def test_plain_http_is_refused(superlink: SuperLink) -> None:
         httpx.get(f"http://{superlink.address}/health")
     with pytest.raises(SuperLinkLostError, match=superlink.address):
         FleetSession(superlink.address)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
+def test_tls_1_1_is_refused(superlink: SuperLink, pki: Path) -> None:
+    assert refuses_old_tls(superlink.port, pki / "superlink" / "ca.crt")
 
 
 def test_superlink_of_another_ca_is_not_told_anything(
@@ -122,12 +127,13 @@ def test_bridge_with_an_unregistered_key_is_refused_and_says_so(
         (folder / name).write_bytes((pki / "bridge.region_0" / name).read_bytes())
     stranger = (tmp_path / "pki" / "bridge.region_0" / "supernode.key").read_bytes()
     (folder / "supernode.key").write_bytes(stranger)
+    before = len(superlink.log.read_text())
     service = bridge(superlink.address, tls_dir=folder, bridge_runner=runner, flower_timeout=0.5)
     line = service.wait_for_log("service_failed")
     assert "has not registered this bridge's key" in line
     assert "FLOWER_TIMEOUT" in line
     assert service.wait() == 1
-    assert "Activated node_id" not in superlink.log.read_text()
+    assert "Activated node_id" not in superlink.log.read_text()[before:]
 
 
 @pytest.mark.parametrize("content", [None, b"nonsense"], ids=["missing", "damaged"])

@@ -22,7 +22,7 @@ from fedfog.cli.broker import free_port, installed_mosquitto
 from fedfog.flower.fleet import ControlError, run_status, stop_run, submit_run
 from fedfog_enrolment.ca import CA, load_certificate
 from fedfog_enrolment.pki import ensure
-from flower import APP, SuperLink, TwoDoors
+from flower import APP, SuperLink, TwoDoors, refuses_old_tls
 from secured import certify, context
 
 FLEET = "/v1/fleet/pull-messages"
@@ -162,6 +162,11 @@ def test_only_a_bridges_certificate_opens_the_fleet_api(
     gate: Gate, pki: Path, holder: str, status: int
 ) -> None:
     assert post(gate, pki, pki / holder if holder else None) == status
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
+def test_tls_1_1_is_refused(gate: Gate, pki: Path) -> None:
+    assert refuses_old_tls(gate.port, pki / "nginx" / "ca.crt")
 
 
 COMMANDS: dict[str, Callable[[str, Path], object]] = {
