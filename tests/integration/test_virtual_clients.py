@@ -70,8 +70,8 @@ class Host:
     def model(self, **fields: Any) -> None:
         self.peer.publish("fl/global_model", model(BASE, table=TABLE, **fields), retain=True)
 
-    def deal(self, name: str, slot: int, slots: int = len(NAMES)) -> None:
-        dealt = Slot(run="run", slot=slot, slots=slots, region_index=0, regions=1)
+    def deal(self, name: str, slot: int, region: int = 0, regions: int = 1) -> None:
+        dealt = Slot(run="run", slot=slot, slots=len(NAMES), region_index=region, regions=regions)
         self.peer.publish(f"fl/slots/region_0/{name}", dealt.to_json())
 
     def deal_to_all(self) -> None:
@@ -174,10 +174,10 @@ def test_clients_train_in_the_order_in_which_they_came(host: Host) -> None:
 def test_client_that_cannot_train_ends_alone(host: Host) -> None:
     host.model()
     after = len(host.peer.received)
-    host.deal("sim-0001", slot=7, slots=3)
+    host.deal("sim-0001", 1, region=900, regions=1000)
     failed = json.loads(host.service.wait_for_log("client_failed"))
     assert (failed["client"], failed["others"]) == ("sim-0001", 2)
-    assert "no slot 7 of 3" in failed["error"]
+    assert "500 examples are too few for 1000 regions" in failed["error"]
     host.presence("sim-0001", False, after)
     for slot, name in ((0, "sim-0000"), (1, "sim-0002")):
         host.deal(name, slot)
