@@ -72,7 +72,9 @@ class Devices(RuleBasedStateMachine):
         except RefusedError:
             return
         assert not any(self.is_out(given) for given in before)
+        others = {one.device for one in self.given} - {one.device for one in before}
         given = self.note(issued, key)
+        assert given.device not in others
         assert {one.device for one in before} <= {given.device}
         self.admitted[token].add(given.device)
         if given.valid:  # the answer is lost

@@ -133,7 +133,7 @@ class Control:
         self._put, self._commands = put, commands
         path = folder / "control.sock"
         self._listener = Listener(str(path), "AF_UNIX", backlog=8)
-        announce(announced, path)
+        write_atomically(announced / PLACE, str(path).encode())
         threading.Thread(target=self._accept, name="control", daemon=True).start()
 
     def close(self) -> None:
@@ -157,11 +157,6 @@ class Control:
         except (EOFError, OSError, ValidationError) as error:
             log.warning("command_not_understood", error=str(error))
         connection.close()
-
-
-def announce(folder: Path, socket: Path) -> None:
-    """Note where the server's socket is. Raises OSError."""
-    write_atomically(folder / PLACE, str(socket).encode())
 
 
 def ask(runs_dir: Path, asked: Command) -> Answer:
