@@ -1,6 +1,7 @@
 """The images and the compose stack, on a real Docker engine."""
 
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -105,7 +106,8 @@ class TestStandingStack:
             assert container["HostConfig"]["CapDrop"] == ["ALL"], name
             assert container["HostConfig"]["SecurityOpt"] == ["no-new-privileges:true"], name
             if name == "pki-1":  # has ended
-                assert container["HostConfig"]["CapAdd"] == ["CAP_CHOWN"]
+                (right,) = container["HostConfig"]["CapAdd"]
+                assert right.removeprefix("CAP_") == "CHOWN"
                 assert container["HostConfig"]["NetworkMode"] == "none"
                 continue
             assert container["Config"]["User"] in ("10001:10001", "1883:1883"), name
@@ -174,6 +176,76 @@ class TestStandingStack:
         after = finished(lambda run: run != before)
         assert after.round == 2
         assert after.regions["region_0"].num_clients == 2
+
+    def test_a_stolen_client_reads_and_writes_nothing_of_another(self, standing: Project) -> None:
+        """Whoever is in a client's container has its certificate."""
+        listed = standing.ok("exec", "--no-TTY", "enrolment", "fedfog", "client", "list").decode()
+        names = set(re.findall(r"region_0/c-[0-9a-f]{12}", listed))
+        assert len(names) == 2
+        thief = standing.popen("exec", "--no-TTY", "client", "python", "-c", THIEF, *sorted(names))
+        with thief:
+            assert thief.stdout is not None
+            victim = json.loads(thief.stdout.readline())["victim"]
+            options = ("--name", "watched", "--rounds", "2", "--seed", "9", "--follow")
+            standing.ok("exec", "--no-TTY", "central-server", "fedfog", "run", *options)
+            seen = json.loads(thief.stdout.readline())
+        assert thief.returncode == 0
+        assert victim in names
+        summary = standing.result("history.json")["rounds"]
+        assert victim.partition("/")[2] in summary[0]["regions"]["region_0"]["members"]
+        assert set(seen["refused"].values()) == {0x87}
+        allowed = {"fl/global_model", "fl/status/region_0", "fl/receipts/region_0"}
+        own = {f"fl/{kind}/{seen['name']}" for kind in ("receipts", "slots")}
+        assert "fl/receipts/region_0" in seen["topics"], "it was not there when the round closed"
+        assert set(seen["topics"]) <= allowed | own
+
+
+# In the place of the client whose container it is: stops its process, and listens to everything.
+THIEF = """
+import json, os, pathlib, signal, ssl, sys
+import paho.mqtt.client as paho
+from cryptography import x509
+from fedfog.messages.codec import decode_meta
+from fedfog.messages.schemas import ModelMeta, RunState
+
+own = pathlib.Path("/state/identity")
+subject = x509.load_pem_x509_certificate((own / "tls.crt").read_bytes()).subject
+name = subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
+[victim] = {*sys.argv[1:]} - {name}
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    command = (process / "cmdline").read_bytes().split(b"\\0")
+    if len(command) > 1 and command[1].endswith(b"fedfog-client"):
+        client = int(process.name)
+tls = ssl.create_default_context(cafile="/pki/ca.crt")
+tls.load_cert_chain(own / "tls.crt", own / "tls.key")
+topics, refused, asked = set(), {}, {}
+mqtt = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+mqtt.tls_set_context(tls)
+
+def connected(mqtt, *_):
+    mqtt.subscribe("#", qos=1)
+    for topic in ("fl/global_model", "fl/cue", *(f"fl/{kind}/{victim}"
+                  for kind in ("updates", "presence", "receipts", "slots"))):
+        asked[mqtt.publish(topic, b"", qos=1, retain=True).mid] = topic
+    print(json.dumps({"victim": victim}), flush=True)
+
+def answered(_mqtt, _data, mid, reason, _properties):
+    refused[asked[mid]] = reason.value
+
+def received(mqtt, _data, message):
+    topics.add(message.topic)
+    if message.topic == "fl/global_model" and message.payload:
+        model = decode_meta(message.payload, ModelMeta)
+        if model.run == "watched" and model.state is RunState.FINISHED:
+            mqtt.disconnect()
+
+mqtt.on_connect, mqtt.on_publish, mqtt.on_message = connected, answered, received
+os.kill(client, signal.SIGSTOP)
+mqtt.connect("mosquitto", 8883)
+mqtt.loop_forever(retry_first_connection=False)
+os.kill(client, signal.SIGCONT)
+print(json.dumps({"name": name, "topics": sorted(topics), "refused": refused}), flush=True)
+"""
 
 
 @pytest.mark.parametrize(
