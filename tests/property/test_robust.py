@@ -120,6 +120,16 @@ def test_coordinates_median_and_trimmed_mean_are_those_of_numpy(seed: int, n: in
     np.testing.assert_allclose(trimmed, kept.mean(axis=0), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_parameters_that_nobody_moved_hide_no_attacker(rule: Rule) -> None:
+    """Idle units, at which all updates are the same, are most of some models."""
+    base, updates = random(0, 10, 100)
+    updates[:, 10:] = base[10:]
+    updates[3, :10] = -50
+    found = aggregate(rule, updates, base, [5] * 10, 0.2)
+    assert list(found.suspicious) == [3]
+
+
 @given(seed=st.integers(0, 2**32))
 def test_krum_takes_one_update_and_multi_krum_the_mean_of_those_chosen(seed: int) -> None:
     """Against the definition, written out."""

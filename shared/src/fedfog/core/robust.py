@@ -183,19 +183,22 @@ def _coordinates(rule: Rule, updates: Stack, base: Vector, f: int) -> tuple[Vect
     the median leaves out all but the middle. The numbers of examples do not count, as in the paper.
     It assumes n > 2f, and that the honest clients' data are alike: under skew the parameters of a
     class that few clients have are trimmed away. Influence: how often a value is not among the f
-    outermost, beside the share (n - 2f) / n that chance gives everybody.
+    outermost, where some are, beside the share (n - 2f) / n that chance gives everybody.
     """
     n = len(updates)
     f = min(f, (n - 1) // 2)
     trim = (n - 1) // 2 if rule == "median" else f
     vector = np.empty_like(base)
-    inside = np.zeros(n)
+    inside, contested = np.zeros(n), 0
     for block, values in _blocks(updates):
         ordered = np.sort(values, axis=0)
         vector[block] = ordered[trim : n - trim].mean(axis=0, dtype=np.float64)
-        inside += ((values >= ordered[f]) & (values <= ordered[n - 1 - f])).sum(axis=1)
-    share = inside / max(1, base.size) if base.size else np.ones(n)
-    words = "it is among the outermost at {:.0%} of the parameters"
+        outside = (values < ordered[f]) | (values > ordered[n - 1 - f])
+        differ = outside.any(axis=0)  # not where a fresh Adam or an idle unit makes all the same
+        inside += (differ & ~outside).sum(axis=1)
+        contested += int(differ.sum())
+    share = inside / contested if contested else np.ones(n)
+    words = "it is among the outermost at {:.0%} of the parameters that differ"
     return vector, _Verdict(np.minimum(1, share * n / (n - 2 * f)), 1 - share, words)
 
 
