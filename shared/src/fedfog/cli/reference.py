@@ -61,6 +61,7 @@ _OF_COMPOSE = {
     ),
     "MQTT_HOST_PORT": ("port there of the broker", "8883"),
     "ENROLMENT_HOST_PORT": ("port there of the enrolment service", "8443"),
+    "FLOWER_HOST_PORT": ("port there of the SuperLink for other hosts (profile `remote`)", "8444"),
     "ALL_REGIONS": (
         "regions that get identities, if more than REGIONS: also those above others",
         "",
