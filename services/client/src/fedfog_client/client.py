@@ -93,7 +93,6 @@ class Client:
         )
         self._model: TensorMessage[ModelMeta] | None = None
         self._slot: Slot | None = None
-        self._renewed = False
         region, client = self._region, self.id
         self.session = SharedSession(
             network,
@@ -121,17 +120,6 @@ class Client:
         topic = self._topics.presence(self._region, self.id)
         self.session.publish(topic, self._presence(online=False), retain=True)
         self.log.info("client_stopped", round=self._core.round, duty=self._core.duty)
-
-    def renew(self) -> None:
-        """Have the session go on with the certificate that is on disk now, as soon as no receipt
-        can be missed meanwhile."""
-        self._renewed = True
-        self._reconnect_when_due()
-
-    def _reconnect_when_due(self) -> None:
-        if self._renewed and self._core.duty in (core.Duty.IDLE, core.Duty.TRAINING):
-            self._renewed = False
-            self.session.renew()
 
     def wake_at(self) -> float | None:
         """When `tick` is due next."""
@@ -256,7 +244,6 @@ class Client:
                 case core.RunFinished(run, took_part):
                     self.log.info("run_finished", run=run, took_part=took_part)
                     self._run_finished(self, took_part)
-        self._reconnect_when_due()
 
     def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
         payload = self._outbox.payload

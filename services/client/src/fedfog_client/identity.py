@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
@@ -37,6 +36,7 @@ from fedfog.service import ServiceError
 from fedfog.settings import ClientSettings
 from fedfog.transport import tls
 from fedfog.transport.mqtt import reconnect_delays
+from fedfog_client.events import Failed, Ready
 
 log = structlog.get_logger()
 
@@ -57,37 +57,15 @@ class UnavailableError(Exception):
     """Enrolment does not answer as it should, for now."""
 
 
-@dataclass(frozen=True)
-class Ready:
-    """The client has its certificate."""
-
-    client: str
-    identity: tls.Identity
-
-
-@dataclass(frozen=True)
-class Renewed:
-    """A newer certificate is on disk."""
-
-    client: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The client cannot get a certificate."""
-
-    client: str
-    error: Exception
-
-
 def certified_name(settings: ClientSettings) -> str | None:
     """Name in the certificate that a process's only client has; None: there is none yet.
 
     Raises:
         ServiceError: it is not the name of a client, or of another REGION or CLIENT_ID.
     """
-    if settings.tls_dir is None or settings.clients_per_process > 1:
+    if settings.clients_per_process > 1:
         return None
+    assert settings.tls_dir
     path = settings.state_dir / FOLDER if settings.enrolment_url else settings.tls_dir
     path /= "tls.crt"
     try:
@@ -121,14 +99,19 @@ class Identities(threading.Thread):
 
     Args:
         state_dirs: by the clients' names.
-        report: told of each `Ready`, `Renewed` and `Failed`.
+        report: told of each `Ready` and `Failed`.
+
+    A renewed certificate is for the next connect. The broker does not end a session because its
+    certificate has expired, and to end it here would cost a client the round: what is on its way
+    to a socket that is closed makes the system reset the connection, and the broker, which then
+    may not read the DISCONNECT any more, publishes the will.
     """
 
     def __init__(
         self,
         settings: ClientSettings,
         state_dirs: Mapping[str, Path],
-        report: Callable[[Ready | Renewed | Failed], None],
+        report: Callable[[Ready | Failed], None],
     ) -> None:
         super().__init__(name="identities", daemon=True)
         self._report = report
@@ -150,14 +133,14 @@ class Identities(threading.Thread):
 
     def _keep(self, holder: "_Holder") -> None:
         try:
-            event, due = holder.step()
+            ready, due = holder.step()
         except Exception as error:  # noqa: BLE001 (it ends the client, in the main thread)
             if isinstance(error, OSError) and not isinstance(error, tls.IdentityError):
                 error = ServiceError(f"{error} (STATE_DIR)")
             self._report(Failed(holder.client, error))
             return
-        if event:
-            self._report(event)
+        if ready:
+            self._report(ready)
         with self._changed:
             heapq.heappush(self._due, (due, holder.client))
             self._changed.notify()
@@ -179,8 +162,9 @@ class _Holder:
         self._delay = self._first_delay
         self._waiting_since: float | None = None
 
-    def step(self) -> tuple[Ready | Renewed | None, float]:
-        """Do what is due; returns what came of it, and when something is due again.
+    def step(self) -> tuple[Ready | None, float]:
+        """Do what is due; returns the identity when it is there for the first time, and when
+        something is due again.
 
         Raises:
             ServiceError: the client is not admitted, or, at its start, enrolment does not answer
@@ -195,8 +179,7 @@ class _Holder:
                 return None, self._wait(error)
         was_ready, self._ready = self._ready, True
         self._waiting_since, self._delay = None, self._first_delay
-        event = Renewed(self.client) if was_ready else Ready(self.client, present)
-        return event, self._renew_at()
+        return None if was_ready else Ready(self.client, present), self._renew_at()
 
     def _wait(self, reason: UnavailableError) -> float:
         now = time.monotonic()

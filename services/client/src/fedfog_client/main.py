@@ -18,7 +18,7 @@ from fedfog.transport.mqtt import TransportError
 from fedfog.transport.network import Network, SessionFailed, SharedSession
 from fedfog.transport.tls import Identity
 from fedfog_client.client import Client, ModelReader
-from fedfog_client.identity import Failed, Identities, Ready, Renewed, certified_name
+from fedfog_client.events import Failed, Ready
 from fedfog_client.outbox import Outbox
 from fedfog_client.trainer import Trained, Trainer, TrainingFailed
 
@@ -55,6 +55,8 @@ class Process:
         self._network.start()
         self._trainer.start()
         if self._settings.enrolment_url:
+            from fedfog_client.identity import Identities
+
             Identities(self._settings, self._state_dirs, self._network.put).start()
         else:
             for name in self._state_dirs:
@@ -106,10 +108,6 @@ class Process:
                 return
             case Ready(name, identity):
                 self._admit(name, identity)
-                return
-            case Renewed(name):
-                if client := self._clients.get(name):
-                    client.renew()
                 return
             case Failed(name, error):
                 if name in self._joining:
@@ -186,8 +184,11 @@ def client_id_of(settings: ClientSettings) -> str:
         OSError: STATE_DIR is full, or cannot be read or written.
         ServiceError: the certificate has another CLIENT_ID or REGION.
     """
-    if certified := certified_name(settings):
-        return certified
+    if settings.tls_dir:
+        from fedfog_client.identity import certified_name
+
+        if certified := certified_name(settings):
+            return certified
     if settings.client_id:
         return settings.client_id
     path = settings.state_dir / "client_id"

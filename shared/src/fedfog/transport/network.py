@@ -262,11 +262,6 @@ class SharedSession(mqtt.Session):
         self.acknowledge()
         self.paho.disconnect()
 
-    def renew(self) -> None:
-        """Connect anew after what is already on its way, with the certificate that is on disk now;
-        the will is not published."""
-        self.paho.disconnect()
-
     # Called by the network's thread
 
     def connect(self) -> bool:
