@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(installed_mosquitto() is None, reason="Mosquitto
 
 LIMIT = 30.0
 CLIENT = "r0/c1"
+PIPES = shutil.ignore_patterns("signals")
 
 
 class Closed:
@@ -160,7 +161,7 @@ def test_broker_that_is_not_of_our_ca_or_has_another_name(
 ) -> None:
     stranger = sessions(closed.broker.port, closed.client(ca=other_ca), timeout=1.0)
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(closed.of("broker"), elsewhere)
+    shutil.copytree(closed.of("broker"), elsewhere, ignore=PIPES)
     (elsewhere / "tls.crt").unlink()
     certify(closed.ca, tmp_path / "named", "broker", server_names=["broker.example"])
     for name in ("tls.crt", "tls.key"):
@@ -177,7 +178,7 @@ def test_client_that_shows_a_brokers_certificate_cannot_be_a_broker(
 ) -> None:
     """Of a stolen client's key, a fake broker could otherwise be made."""
     fake = tmp_path / "fake"
-    shutil.copytree(closed.of("broker"), fake)
+    shutil.copytree(closed.of("broker"), fake, ignore=PIPES)
     stolen = closed.client()
     for name in ("tls.crt", "tls.key"):
         shutil.copy(stolen / name, fake)
