@@ -19,7 +19,7 @@ JOIN, RENEW = "/v1/join", "/v1/renew"
 def knock(
     folder: Path, count: int, seed: int = 1, told: Callable[[int], None] = lambda _done: None
 ) -> None:
-    """`count` hostile requests, of strangers and of a client; then an honest one joins.
+    """`count` hostile requests, of strangers and of a client; then an honest one joins, and renews.
 
     Raises:
         LiveError: the service died, grew, or was surprised by a request.
@@ -27,8 +27,9 @@ def knock(
     """
     office = Office(folder)
     try:
-        device = office.device()
-        contexts = [office.client_context(), office.client_context(device.folder)]
+        # Some mutants are good renewals: they make the one who sends them his successor.
+        hostile, honest = office.device(), office.device()
+        contexts = [office.client_context(), office.client_context(hostile.folder)]
         requests = Requests(office.token(uses=count), seed)
         chance, sizes = random.Random(seed), []
         process = psutil.Process(office.service.process.pid)
@@ -46,7 +47,7 @@ def knock(
         if last > first + GROWTH:
             raise LiveError(f"enrolment grows: {first} -> {last} bytes")
         office.device()
-        device.renewed()
+        honest.renewed()
         if (surprised := "answer_failed") in office.service.log.read_text(errors="replace"):
             raise LiveError(f"{surprised}: see {office.service.log}")
         if code := office.service.stop():
