@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own abbreviation)
 
+from bench import page
 from fedfog.core.aggregation import WeightedSum, all_finite
 from fedfog.core.robust import Rule, Updates
 from fedfog.files import write_atomically
@@ -343,19 +344,8 @@ def _named(results: Results) -> str:
 
 
 def write_page(results: Results, path: Path = PAGE) -> None:
-    """Put each block between its two comments.
-
-    Raises:
-        ValueError: a block has no place in the page.
-    """
-    page = path.read_text("utf-8")
-    for name, text in blocks(results).items():
-        begin, end = f"<!-- figures: {name} -->\n", f"<!-- end: {name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"{path.name} has no place for the figures '{name}'")
-        before, rest = page.split(begin)
-        page = before + begin + text + "\n" + end + rest.split(end)[1]
-    path.write_text(page, "utf-8")
+    """Put the figures into the page. Raises ValueError: one has no place there."""
+    page.write(path, blocks(results))
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench import page
 from bench.simulation import Costs, Fog, Layout, Sizes, name_of, partial_meta
 from bench.swarm import Peer, Peers
 from fedfog import logs
@@ -532,19 +533,8 @@ def _case(case: Row) -> str:
 
 
 def write_page(report: Mapping[str, Any], path: Path = PAGE) -> None:
-    """Put each block between its two comments.
-
-    Raises:
-        ValueError: a block has no place in the page.
-    """
-    page = path.read_text("utf-8")
-    for name, text in blocks(report).items():
-        begin, end = f"<!-- figures: {name} -->\n", f"<!-- end: {name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"{path.name} has no place for the figures '{name}'")
-        before, rest = page.split(begin)
-        page = before + begin + text + "\n" + end + rest.split(end)[1]
-    path.write_text(page, "utf-8")
+    """Put the figures into the page. Raises ValueError: one has no place there."""
+    page.write(path, blocks(report))
 
 
 def main() -> int:
