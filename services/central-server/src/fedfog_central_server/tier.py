@@ -41,7 +41,8 @@ log = structlog.get_logger()
 BOOT_SECONDS = 60.0
 PORT_SECONDS = 5.0
 TERMINATE_SECONDS = 3.0
-REGISTER_EVERY = 2.0
+# Seconds between two looks for new bridges, and at most while a key is refused.
+REGISTER_EVERY, REGISTER_AGAIN = 2.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -216,17 +217,26 @@ class FlowerTier:
         from fedfog.flower import fleet
 
         admitted: set[Path] = set()
+        pause = REGISTER_EVERY
         while process.poll() is None:
+            pause, longer = REGISTER_EVERY, min(2 * pause, REGISTER_AGAIN)
             for path in sorted(set(folder.glob("*.pub")) - admitted):
                 try:
                     key = path.read_bytes()
                     fleet.register_node(self._address, path.stem, key, self._tls)
                 except (fleet.ControlError, OSError) as error:
-                    log.error("bridge_not_registered", key=str(path), reason=str(error))
+                    pause = longer
+                    log.error(
+                        "bridge_not_registered",
+                        key=str(path),
+                        reason=str(error),
+                        retry_in=pause,
+                        remedy="remove a key that is not needed; fedfog-pki makes new ones",
+                    )
                 else:
                     log.info("bridge_registered", bridge=path.stem)
                     admitted.add(path)
-            time.sleep(REGISTER_EVERY)
+            time.sleep(pause)
 
     def _submit(self, ticket: int, config: dict[str, str | int], replaces: int | None) -> None:
         try:
