@@ -64,6 +64,14 @@ class Task(ABC):
         Raises DataError.
         """
 
+    def training_groups(self) -> NDArray[np.int64] | None:
+        """What each training example belongs to (n,), its subject or file for example, which the
+        partition `group` keeps together; None if there is nothing of that kind.
+
+        Raises DataError.
+        """
+        return None
+
     @abstractmethod
     def training_data(self, indices: NDArray[np.int64]) -> TensorDataset:
         """The training examples at `indices`, positions in `training_labels()`.
