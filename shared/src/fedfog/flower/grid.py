@@ -285,7 +285,9 @@ class _Exchange:
         regions = {self._bridges.region_of(m.metadata.dst_node_id) for m in batch}
         self._awaited = {region for region in regions if region is not None}
         if None in regions:
-            self._awaited |= {r for r in self._bridges.online if self._bridges.is_stock(r)}
+            stock = {r: b for r, b in self._bridges.known.items() if b.online and not b.node_id}
+            self._awaited |= stock.keys()
+            self._served.update(stock)
 
     def run(self) -> list[Message]:
         seconds = self._grid.seconds
@@ -302,6 +304,7 @@ class _Exchange:
             came = time.monotonic()
             if isinstance(event, BridgeSeen):
                 self._push_again(event.region)
+                self._restart_stock(event.region)
             elif isinstance(event, BellRung):
                 # Who looks for it already will bring it: to be pulled once more, it is gone.
                 message_id = event.bell.message_id
@@ -342,6 +345,19 @@ class _Exchange:
         if self._served.get(region) != bridge:
             log.info("train_message_pushed_again", region=region, round=self._group)
             self._push([self._message(bridge.node_id)])
+
+    def _restart_stock(self, region: str) -> None:
+        """A stock SuperNode that is started again has lost its train message, and with a key it
+        is the same node. Which of the nodes it is, is not known: all get the next look's."""
+        bridge = self._bridges.known[region]
+        if region not in self._awaited or bridge.node_id is not None:
+            return
+        if not bridge.online:
+            self._served.pop(region, None)
+        elif self._served.get(region) != bridge:
+            self._served[region] = bridge
+            for sent in self._sent.values():
+                sent.lost = sent.lost or sent.region is None
 
     def _message(self, node_id: int) -> Message:
         return train_message(node_id, self._group, self._deadline - time.monotonic())
