@@ -4,6 +4,7 @@ import numpy as np
 
 from fedfog.core import rounds
 from fedfog.core.phases import Phase
+from fedfog.core.slots import SlotTable
 
 
 def closing(policy: rounds.Policy) -> rounds.RegionRounds:
@@ -48,3 +49,39 @@ def test_nothing_is_accepted_while_the_partial_is_not_stored() -> None:
     assert commit.members == {"a": 10}
     said = region.handle(rounds.Committed(), 1.0)
     assert rounds.AnswerMembers("run", 1, ("a",)) in said
+
+
+def test_slots_are_dealt_among_the_clients_without_data_of_their_own() -> None:
+    region = rounds.RegionRounds("r", rounds.Policy(expected=3), boot=1)
+    for name, own_data in (("a", True), ("b", False), ("c", False)):
+        region.handle(rounds.PresenceSeen(name, True, 1, own_data=own_data), 0.0)
+    actions = region.handle(rounds.ModelArrived("run", 1, 1, "m", 3), 0.0)
+    dealt = [action for action in actions if isinstance(action, rounds.DealSlot)]
+    assert dealt == [rounds.DealSlot("b", "run", 0, 2), rounds.DealSlot("c", "run", 1, 2)]
+    assert region.cohort == {"a", "b", "c"}
+
+
+def test_round_of_clients_with_their_own_data_needs_no_slot() -> None:
+    region = rounds.RegionRounds("r", rounds.Policy(settle=3.0), boot=1)
+    region.handle(rounds.ModelArrived("run", 1, 1, "m", 3), 0.0)
+    for at, name in enumerate("ab"):
+        region.handle(rounds.PresenceSeen(name, True, 1, own_data=True), float(at))
+    actions = region.handle(rounds.Tick(), 4.0)
+    assert region.phase is Phase.OPEN
+    assert not [action for action in actions if isinstance(action, rounds.DealSlot)]
+    for name in "ab":
+        update = rounds.UpdateArrived("run", 1, name, "m", 10, np.ones(3, np.float32), {})
+        last = region.handle(update, 5.0)[-1]
+    assert isinstance(last, rounds.Commit)
+    assert last.members == {"a": 10, "b": 10}
+
+
+def test_after_a_restart_clients_with_their_own_data_do_not_stand_for_holders_of_slots() -> None:
+    region = rounds.RegionRounds("r", rounds.Policy(settle=3.0), boot=2)
+    slots = SlotTable.deal("run", ["a", "b"])
+    region.handle(rounds.ModelArrived("run", 1, 2, "m", 3, slots=slots), 0.0)
+    for name, own_data in (("a", False), ("x", True), ("b", False), ("y", True)):
+        region.handle(rounds.PresenceSeen(name, True, 1, slots.holders.get(name), own_data), 0.1)
+        assert region.phase is Phase.FORMING
+    region.handle(rounds.Tick(), 3.1)
+    assert region.cohort == {"a", "b", "x", "y"}

@@ -391,6 +391,9 @@ class RegionRounds:
     def _form(self, now: float) -> list[Action]:
         """Open the round if its cohort is complete."""
         complete = 0 < self._clients_expected <= len(self.present)
+        if complete and self.slots and not self.policy.children:
+            # Clients with data of their own hold no slot: how many will come is not known.
+            complete = not any(seen.own_data for seen in self.present.values())
         settled = self._settles and now - self._newest_arrival >= self.policy.settle
         if self._enough_to_form() and (complete or settled or now >= self.deadline):
             return self._open(frozenset(self.present), now)
