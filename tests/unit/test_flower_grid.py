@@ -267,6 +267,23 @@ class TestStockSuperNodes:
         assert exchange(grid) == ["b"]
         assert [m.metadata.dst_node_id for m in flower.pushed] == [A, B]
 
+    @pytest.mark.parametrize("boot", [1, 2], ids=["supernode", "bridge"])
+    def test_node_that_is_started_again_between_two_looks_is_asked_again(
+        self, grid: FogGrid, flower: PlayedFlower, fog: PlayedFog, boot: int
+    ) -> None:
+        """With a key it is the same node, and the SuperLink does not say that it was away."""
+        flower.nodes = {A}
+        fog.bridge("a", None)
+
+        def restart() -> None:
+            flower.on_push = lambda message: flower.reply(message, pack("a", b"partial"))
+            fog.bridge("a", None, online=False)
+            fog.bridge("a", None, boot)
+
+        later(restart)
+        assert exchange(grid) == ["a"]
+        assert [m.metadata.dst_node_id for m in flower.pushed] == [A, A]
+
     def test_round_does_not_wait_for_apps_that_have_all_failed(
         self, grid: FogGrid, flower: PlayedFlower, fog: PlayedFog
     ) -> None:
