@@ -17,7 +17,7 @@ from centre import LIMIT, Centre, Region, assert_gone, descendants, expected, li
 from conftest import REPOSITORY, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorMessage, decode
-from fedfog.messages.schemas import ModelMeta
+from fedfog.messages.schemas import Hyperparameters, ModelMeta
 
 HOOKS = {"pythonpath": REPOSITORY / "tests" / "hooks", "test_patches": "limits:short"}
 
@@ -100,6 +100,7 @@ def test_a_second_run_with_other_settings_follows_on_the_same_processes(
 
     options = ["--rounds", "3", "--seed", "7", "--local-epochs", "2", "--batch-size", "8"]
     options += ["--learning-rate", "0.01", "--strategy", "FedAvgM", "--name", "second"]
+    options += ["--set", "optimizer=sgd", "--set", "PARTITION=dirichlet:0.3"]
     said = here.ok("run", *options, "--follow")
     assert "Run second begun" in said
     assert "Run second completed, 3 of 3 rounds done, accuracy" in said
@@ -107,12 +108,14 @@ def test_a_second_run_with_other_settings_follows_on_the_same_processes(
     assert superlink.is_running()
     model = here.region.model_of("second", 3)
     start = here.region.model_of("second", 0)
-    assert start.meta.hyperparameters.model_dump() == {
-        "local_epochs": 2,
-        "batch_size": 8,
-        "learning_rate": 0.01,
-        "seed": 7,
-    }
+    assert start.meta.hyperparameters == Hyperparameters(
+        local_epochs=2,
+        batch_size=8,
+        learning_rate=0.01,
+        seed=7,
+        optimizer="sgd",
+        partition="dirichlet:0.3",
+    )
     assert start.meta.run_started > here.region.model_of(first, 2).meta.run_started
     assert start.vector.tobytes() != here.region.model_of(first, 0).vector.tobytes()
     # FedAvgM without momentum and with server learning rate 1 is FedAvg, but for rounding.

@@ -34,6 +34,7 @@ finally:
         ["demo", "--broker", "other"],
         ["demo", "--rounds", "many"],
         ["run", "--rounds", "0"],
+        ["run", "--set", "optimizer"],
     ],
 )
 def test_impossible_option_is_named(arguments: list[str]) -> None:

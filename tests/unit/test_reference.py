@@ -52,9 +52,9 @@ def test_every_settings_class_of_a_service_is_on_the_page() -> None:
 
 def test_env_example_has_the_settings_of_the_compose_file_and_no_others() -> None:
     compose = (REPOSITORY / "compose.yaml").read_text()
-    handed_on = set(re.findall(r"^ +([A-Z_]+):$", compose, re.MULTILINE))
-    handed_on |= set(re.findall(r"\$\{([A-Z_]+)", compose))
-    in_example = re.findall(r"^#([A-Z_]+)=", PAGES[".env.example"], re.MULTILINE)
+    handed_on = set(re.findall(r"^ +([A-Z0-9_]+):$", compose, re.MULTILINE))
+    handed_on |= set(re.findall(r"\$\{([A-Z0-9_]+)", compose))
+    in_example = re.findall(r"^#([A-Z0-9_]+)=", PAGES[".env.example"], re.MULTILINE)
     assert set(in_example) == handed_on
     assert len(in_example) == len(set(in_example))
 

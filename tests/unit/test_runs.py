@@ -363,6 +363,19 @@ def test_a_submitted_run_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert (again.settings.rounds, again.settings.learning_rate) == (7, 0.5)
 
 
+def test_a_run_of_an_older_fedfog_had_the_defaults_of_what_it_did_not_record(
+    tmp_path: Path,
+) -> None:
+    old = open_run(settings(tmp_path))
+    for name in ("optimizer", "partition", "tau"):
+        del old.info.settings[name], old.info.environment[name]
+    old.save_info()
+    again = open_run(settings(tmp_path))
+    assert again.id == old.id
+    assert again.settings.optimizer == "adam"
+    assert open_run(settings(tmp_path, optimizer="sgd")).id != old.id
+
+
 def test_a_resumed_run_goes_on_after_a_crash(tmp_path: Path) -> None:
     """Also if the environment has changed since it was begun."""
     old = open_new(settings(tmp_path), "old", {"seed": 5})
@@ -374,7 +387,16 @@ def test_a_resumed_run_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert (again.settings.seed, again.settings.rounds) == (5, old.settings.rounds)
 
 
-@pytest.mark.parametrize("chosen", [{"rounds": 0}, {"task": "ecg5000-5class"}, {"strategy": 3}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"rounds": 0},
+        {"task": "ecg5000-5class"},
+        {"strategy": 3},
+        {"optimizer": "lion"},
+        {"tau": "0"},
+    ],
+)
 def test_impossible_settings_of_a_run_are_refused_by_name(
     tmp_path: Path, chosen: dict[str, object]
 ) -> None:

@@ -15,10 +15,10 @@ import structlog
 from pydantic import BaseModel, ValidationError
 
 from fedfog.files import sync_folder, write_atomically
-from fedfog.messages.schemas import RegionShare, RoundRecord
+from fedfog.messages.schemas import RegionShare, RoundRecord, Training
 from fedfog.runs import CHECKPOINTS, Rewind, RunInfo, Status, Summary, listed
 from fedfog.service import ServiceError
-from fedfog.settings import CentralSettings
+from fedfog.settings import CentralSettings, StrategySettings
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedfog_central_server.history import HistoryFile
 
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 M = TypeVar("M", bound=BaseModel)
 
 # What `fedfog run` can choose.
-CHOOSABLE = ("seed", "rounds", "local_epochs", "batch_size", "learning_rate", "strategy")
+CHOOSABLE = ("rounds", *Training.model_fields, *StrategySettings.model_fields)
 # A run is the same job only while these are the same.
 DEFINING = ("task", *CHOOSABLE)
 # The id in messages gets a suffix at each rewind, and may have 63 characters.
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, info: RunInfo, settings: CentralSettings, others: int) -> None:
         self.folder, self.info = settings.runs_dir / info.run, info
-        self.settings = with_chosen(settings, {name: info.settings[name] for name in DEFINING})
+        self.settings = with_chosen(settings, _defining(info.settings))
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, settings.keep_checkpoints)
         self.history = HistoryFile(info, self.folder / "history.json")
         self._others = others
@@ -265,6 +265,13 @@ def _environment(settings: CentralSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", include={*DEFINING, "run_id"})
 
 
+def _defining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What defines a run, of its recorded settings; an older FedFog recorded fewer of them, and did
+    what is the default now."""
+    fields = CentralSettings.model_fields
+    return {name: settings.get(name, fields[name].default) for name in DEFINING}
+
+
 def _newest_start(settings: CentralSettings, but: str = "") -> int:
     """Of all runs but one. The run that began last, or was resumed last after another one, is the
     one that the other tiers know."""
@@ -278,9 +285,9 @@ def _obstacle(folder: Path, begun_with: Mapping[str, Any], settings: CentralSett
         return "is completed"
     now = _environment(settings)
     other = [
-        f"{name.upper()}={begun_with.get(name)}, not {now[name]}"
-        for name in DEFINING
-        if begun_with.get(name) != now[name]
+        f"{name.upper()}={value}, not {now[name]}"
+        for name, value in _defining(begun_with).items()
+        if value != now[name]
     ]
     return f"was begun with {'; '.join(other)}" if other else ""
 

@@ -162,7 +162,12 @@ def main(grid: Grid, context: Context) -> None:
         folder = Path(told.folder) / CHECKPOINTS
         checkpoints = Checkpoints(folder, settings.keep_checkpoints)
         start = checkpoints.load(first_round - 1)
-        inner = make_strategy(settings.strategy, settings.min_fit_clients, settings.learning_rate)
+        inner = make_strategy(
+            settings.strategy,
+            settings.min_fit_clients,
+            settings.learning_rate,
+            **settings.strategy_options,
+        )
         strategy_state.restore(inner, start.strategy)
         strategy = FogStrategy(
             inner,

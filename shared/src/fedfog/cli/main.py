@@ -1,7 +1,7 @@
 """`fedfog`: the commands of a user. Each is imported when it is called, so that help is instant."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -188,9 +188,18 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="examples per training step")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="of the clients' Adam")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of the clients' OPTIMIZER")] = None,
     strategy: Annotated[
         str | None, typer.Option(help="Flower strategy that averages the regions")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="any other setting of a run (docs/settings.md), may be repeated: "
+            "--set optimizer=sgd --set proximal_mu=0.1",
+        ),
     ] = None,
     follow: Follow = False,
     runs_dir: RunsDir = Path("runs"),
@@ -202,7 +211,7 @@ def run(
     """
     from fedfog.cli import runs as command
 
-    chosen = {
+    chosen: dict[str, Any] = {
         "rounds": rounds,
         "seed": seed,
         "local_epochs": local_epochs,
@@ -210,6 +219,11 @@ def run(
         "learning_rate": learning_rate,
         "strategy": strategy,
     }
+    for text in setting or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {text!r}: not of the form NAME=VALUE")
+        chosen[key.strip().lower()] = value.strip()
     given = {key: value for key, value in chosen.items() if value is not None}
     raise typer.Exit(command.run(runs_dir, name, given, follow))
 

@@ -73,13 +73,17 @@ class FedAvg(strategies.FedAvg):
         return (to_record(total.mean()) if total else None), None
 
 
-def make_strategy(name: str, min_regions: int, learning_rate: float) -> Strategy:
+def make_strategy(
+    name: str, min_regions: int, learning_rate: float, **options: float | None
+) -> Strategy:
     """Flower's strategy of class `name`, over all regions.
 
     Args:
         name: class name in `flwr.serverapp.strategy` (setting STRATEGY).
         min_regions: least regions in a round.
         learning_rate: of the clients, for the strategies that need it.
+        options: settings of the same names; None: as the strategy has it. Those that it does not
+            have are named in the log.
 
     Raises:
         StrategyError: there is no such strategy, or it is not one for regions' models.
@@ -95,12 +99,20 @@ def make_strategy(name: str, min_regions: int, learning_rate: float) -> Strategy
     if name not in usable:
         raise StrategyError(f"STRATEGY={name!r}: not one of {', '.join(sorted(usable))}")
     wanted = inspect.signature(usable[name]).parameters
-    return usable[name](**{key: value for key, value in offered.items() if key in wanted})
+    arguments = {key: value for key, value in offered.items() if key in wanted}
+    for option, value in options.items():
+        key = "eta" if option == "server_learning_rate" and "eta" in wanted else option
+        if value is not None and key in wanted:
+            arguments[key] = value
+        elif value is not None:
+            log.warning("option_not_used", setting=f"{option.upper()}={value}", strategy=name)
+    return usable[name](**arguments)
 
 
-def _usable_strategies(offered: Iterable[str]) -> dict[str, Callable[..., Strategy]]:
-    """FedAvg and its descendants that average tensors and need no argument that we lack."""
-    found: dict[str, Callable[..., Strategy]] = {}
+def _usable_strategies(offered: Iterable[str]) -> dict[str, type[Strategy]]:
+    """FedAvg and its descendants that average tensors and need no argument that we lack; what they
+    take from Flower's FedAvg they take from ours."""
+    found: dict[str, type[Strategy]] = {}
     for name in strategies.__all__:
         kind = getattr(strategies, name)
         needed = {
@@ -110,8 +122,8 @@ def _usable_strategies(offered: Iterable[str]) -> dict[str, Callable[..., Strate
         }
         trees = name.startswith("FedXgb")
         if issubclass(kind, strategies.FedAvg) and not trees and needed <= set(offered):
-            found[name] = kind
-    return found | {"FedAvg": FedAvg}
+            found[name] = FedAvg if name == "FedAvg" else type(name, (kind, FedAvg), {})
+    return found
 
 
 def to_record(vector: Vector) -> ArrayRecord:

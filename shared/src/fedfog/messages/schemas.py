@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from fedfog.core.phases import Phase
 from fedfog.messages.topics import NAME_PATTERN
@@ -35,15 +35,70 @@ class Payload(BaseModel):
         return self.model_dump_json().encode()
 
 
-class Hyperparameters(BaseModel):
+_POSITIVE = r"(\d*[1-9]\d*(\.\d+)?|0?\.\d*[1-9]\d*)"
+PARTITION_PATTERN = rf"^(iid|group|(dirichlet|sizes):{_POSITIVE}|shards:[1-9]\d*)$"
+Partition = Annotated[str, Field(pattern=PARTITION_PATTERN)]
+
+
+class Training(BaseModel):
+    """What decides how clients train, on which examples; also settings of the central server."""
+
+    local_epochs: int = Field(
+        3, ge=1, description="passes over a client's training examples in a round"
+    )
+    local_steps: int = Field(
+        0,
+        ge=0,
+        description="batches that a client trains on in a round, in place of whole epochs; "
+        "0: LOCAL_EPOCHS",
+    )
+    batch_size: int = Field(32, ge=1, description="examples per training step")
+    optimizer: Literal["adam", "sgd"] = Field(
+        "adam",
+        description="of the clients, made anew in each round. `sgd` with LEARNING_RATE=0.1 is the "
+        "stronger one where the clients' labels differ much, and slower where they hardly do",
+    )
+    learning_rate: FiniteFloat = Field(
+        1e-3, gt=0, description="of the clients' OPTIMIZER; for `sgd` begin with 0.1"
+    )
+    lr_decay: FiniteFloat = Field(
+        1.0, gt=0, le=1, description="factor of LEARNING_RATE from each global round to the next"
+    )
+    momentum: FiniteFloat = Field(0.0, ge=0, lt=1, description="of OPTIMIZER=sgd")
+    proximal_mu: FiniteFloat = Field(
+        0.0,
+        ge=0,
+        description="weight of FedProx's pull towards the global model in the clients' loss, with "
+        "any STRATEGY; 0.1 helps a little where labels differ, 1 costs where they do not; 0: none",
+    )
+    clip_norm: FiniteFloat = Field(
+        0.0, ge=0, description="norm that the gradient of a batch is clipped to; 0: it is not"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="`balanced`: in a client's loss each class that it has counts the same, "
+        "however many examples of it there are",
+    )
+    seed: int = Field(
+        42, ge=0, description="of initial weights, partition, validation split and shuffling"
+    )
+    region_partition: Partition = Field(
+        "iid",
+        description="how the training set is dealt to the regions: `iid`, `dirichlet:ALPHA` "
+        "(labels), `sizes:ALPHA`, `shards:K` (classes per holder) or `group` (whole subjects or "
+        "files)",
+    )
+    partition: Partition = Field(
+        "iid",
+        description="how a region's part is dealt to its clients, likewise",
+    )
+    fog_rounds: int = Field(1, ge=1, description="regional rounds in each global round")
+
+
+class Hyperparameters(Training):
     """How a client is to train in the next round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    local_epochs: int = Field(ge=1, description="passes over the client's training examples")
-    batch_size: int = Field(ge=1, description="examples per step")
-    learning_rate: float = Field(gt=0, description="of Adam")
-    seed: int = Field(ge=0, description="of partition, validation split and shuffling")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Evaluation(BaseModel):
