@@ -349,12 +349,12 @@ class _Exchange:
     def _restart_stock(self, region: str) -> None:
         """A stock SuperNode that is started again has lost its train message, and with a key it
         is the same node. Which of the nodes it is, is not known: all get the next look's."""
-        bridge = self._bridges.known[region]
-        if region not in self._awaited or bridge.node_id is not None:
+        bridge, served = self._bridges.known[region], self._served.get(region)
+        if region not in self._awaited or (served or bridge).node_id is not None:
             return
         if not bridge.online:
             self._served.pop(region, None)
-        elif self._served.get(region) != bridge:
+        elif served != bridge:
             self._served[region] = bridge
             for sent in self._sent.values():
                 sent.lost = sent.lost or sent.region is None
