@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfog.core.aggregation import WeightedSum, all_finite
+from fedfog.core.metrics import Federated, merge
 from fedfog.core.phases import Phase
 from fedfog.core.robust import Rule, Updates
 from fedfog.core.slots import SlotTable
@@ -111,6 +112,7 @@ class UpdateArrived:
     vector: NDArray[np.float32]
     metrics: Mapping[str, float]
     num_clients: int = 1  # whose updates are in it: more if it is the partial of a region
+    federated: Federated | None = None  # of the global model that the round began with
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ class Commit:
     collect_seconds: float
     num_clients: int
     base_digest: str
+    federated: Federated | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,7 @@ class RegionRounds:
         self._weakness: str | None = None
         self._num_clients = 0
         self._metrics: dict[str, tuple[float, int]] = {}
+        self._federated: Federated | None = None
         self._awaited: set[str] = set()  # of the cohort: neither members nor departed
         self._departed: set[str] = set()
         self._boots: dict[str, int] = {}
@@ -413,7 +417,7 @@ class RegionRounds:
         self.cohort, self.members = cohort, {}
         self._awaited, self._departed = set(cohort), set()
         self._total, self._metrics = self._new_total(), {}
-        self._num_clients = 0
+        self._num_clients, self._federated = 0, None
         self._opened, self.deadline = now, now + self.policy.deadline
         self._retry_after, self._retry_until = RETRY_SECONDS[0], None
         dealt: list[Action] = []
@@ -478,12 +482,16 @@ class RegionRounds:
         if not 0 < event.num_examples <= most:
             limit = f"num_examples is not within 1..{most} (MAX_EXAMPLES)"
             return [self._answer(event, "rejected", limit)]
+        if event.federated and event.federated.num_examples > most:
+            limit = f"more than {most} validation examples (MAX_EXAMPLES)"
+            return [self._answer(event, "rejected", limit)]
         if not all_finite(event.vector):
             return [self._answer(event, "rejected", "the tensors hold NaN or infinity")]
         self._total.add(event.vector, event.num_examples)
         self.members[event.client] = event.num_examples
         self._awaited.discard(event.client)
         self._num_clients += event.num_clients
+        self._federated = merge(self._federated, event.federated)
         for name, value in event.metrics.items():
             total, weight = self._metrics.get(name, (0.0, 0))
             n = event.num_examples
@@ -629,6 +637,7 @@ class RegionRounds:
                 now - self._opened,
                 self._num_clients,
                 self._digest,
+                self._federated,
             )
         ]
 
