@@ -1,6 +1,6 @@
 """`make bench` and `make bench-full`: FedFog and what users would pick instead, in one run.
 
-Prints tables, and writes `bench/results/latest.json` and plots. Figures of different machines, and
+Prints tables, and writes `bench/results/latest.json` (all sizes: `full.json` too) and plots. Figures of different machines, and
 of the same machine at another load, are not to be compared.
 """
 
@@ -86,7 +86,8 @@ def main() -> int:
         report["big_models"] = big.measure(BIG if full else BIG[1:3], progress)
         report["seconds"] = round(time.monotonic() - began)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "latest.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name in ("latest.json", "full.json") if full else ("latest.json",):
+        (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n")
     show(report, console)
     plot(report, RESULTS / "round-overhead.png")
     console.print(f"Written: {RESULTS / 'latest.json'} and round-overhead.png")

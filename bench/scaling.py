@@ -2,7 +2,7 @@
 
 Measures what the rules alone cost for up to 10^5 clients, and what broker, aggregator and client
 cost per update; fits a model to the rounds that `make bench` measured; simulates wider fogs with
-the real rules (`bench.simulation`). All goes under `scaling` into `bench/results/latest.json`, and
+the real rules (`bench.simulation`). All goes under `scaling` into `bench/results/full.json`, and
 into a plot. `--write` also writes the figures into `docs/scaling.md`; `--only-show` takes what an
 earlier call found.
 """
@@ -541,11 +541,11 @@ def main() -> int:
     logs.configure("bench", "error")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
     console = Console(width=140)
-    latest = RESULTS / "latest.json"
-    report = json.loads(latest.read_text())
+    full = RESULTS / "full.json"
+    report = json.loads(full.read_text())
     if "--only-show" not in sys.argv:
         report["scaling"] = measure(report, console)
-        latest.write_text(json.dumps(report, indent=1) + "\n")
+        full.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(*KEYS)
     for row in report["scaling"]["residuals"]:
         table.add_row(*(str(row[key]) for key in KEYS))
