@@ -1,7 +1,7 @@
 """`make bench` and `make bench-full`: FedFog and what users would pick instead, in one run.
 
-Prints tables, and writes `bench/results/latest.json` (all sizes: `full.json` too) and plots. Figures of different machines, and
-of the same machine at another load, are not to be compared.
+Prints tables, and writes `bench/results/latest.json` (all sizes: `full.json` too) and plots.
+Figures of different machines, and of the same machine at another load, are not to be compared.
 """
 
 import argparse
