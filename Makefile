@@ -70,6 +70,6 @@ $(INSTALLED): constraints.txt shared/pyproject.toml $(SERVICES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch
-	$(PIP) --no-build-isolation --editable 'shared[evaluation,flower,cli]' \
+	$(PIP) --no-build-isolation --editable 'shared[evaluation,flower,cli,parquet]' \
 		$(SERVICES:%/pyproject.toml=--editable %) $(TOOLS)
 	@touch $@

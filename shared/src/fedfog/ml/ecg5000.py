@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from fedfog.ml.cnn import EcgCnn
 from fedfog.ml.task import DataError, Task
 
+BEAT = 140  # samples
 SHA256 = {
     "ECG5000_TRAIN.tsv": "df86ac15d7e283e731db6be7865f5004b65bc639014cb8b9753c26e24a9092a1",
     "ECG5000_TEST.tsv": "0192997dd1793880633bfb34ae3ad5129c09a8e0f210c469225451b92cdd8548",
@@ -29,6 +30,7 @@ class Ecg5000(Task):
     name = "ecg5000"
     description = "normal or abnormal heartbeat, from one ECG beat of 140 samples"
     class_names: tuple[str, ...] = ("normal", "abnormal")
+    input_shape = (1, BEAT)
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir / "ECG5000"
@@ -46,6 +48,17 @@ class Ecg5000(Task):
 
     def test_data(self) -> TensorDataset:
         return self._test_set
+
+    def own_data(self, path: Path) -> TensorDataset:
+        """As in any task; a .tsv is in the archive's layout, which counts the classes from 1."""
+        if path.suffix.lower() != ".tsv":
+            return super().own_data(path)
+        try:
+            return self._parse(path.read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"{path} is not in the layout of ECG5000_TRAIN.tsv ({error})"
+            ) from error
 
     @cached_property
     def _training_set(self) -> TensorDataset:
@@ -66,7 +79,10 @@ class Ecg5000(Task):
             raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
         if hashlib.sha256(content).hexdigest() != SHA256[file_name]:
             raise DataError(f"{path} is not the published file, its SHA-256 differs: {remedy}")
-        table = np.loadtxt(io.BytesIO(content), dtype=np.float32, delimiter="\t")
+        return self._parse(content)
+
+    def _parse(self, content: bytes) -> TensorDataset:
+        table = np.loadtxt(io.BytesIO(content), dtype=np.float32, delimiter="\t", ndmin=2)
         # The archive counts classes from 1; those beyond the last named one fold into it.
         labels = np.minimum(table[:, 0].astype(np.int64), len(self.class_names)) - 1
         beats = np.ascontiguousarray(table[:, np.newaxis, 1:])

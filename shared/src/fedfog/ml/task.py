@@ -46,11 +46,18 @@ class Task(ABC):
 
     A data set is a `TensorDataset` of inputs (n, ...) float32 and class labels (n,) int64 from 0.
     Load each split only when it is asked for: clients hold training data, the server test data.
+
+    Attributes:
+        name: in one word.
+        description: what is told apart by what, for the model's card.
+        class_names: class 0 first.
+        input_shape: of an example that is read from a row of a table; default: flat, as it is.
     """
 
     name: str
     description: str
     class_names: tuple[str, ...]
+    input_shape: tuple[int, ...] = (-1,)
 
     @abstractmethod
     def new_model(self) -> nn.Module:
@@ -86,6 +93,16 @@ class Task(ABC):
         Raises DataError.
         """
 
+    def own_data(self, path: Path) -> TensorDataset:
+        """The examples of a client with data of its own (CLIENT_DATA): a table whose first column
+        is the label, as .csv, .tsv or .parquet, or arrays `x` and `y` in an .npz.
+
+        Raises DataError and OSError.
+        """
+        from fedfog.ml.own_data import read
+
+        return read(path, self.class_names, self.input_shape)
+
     def build_model(self, seed: int) -> nn.Module:
         """`new_model` with weights that depend on the seed alone; the global generator is left
         as it was."""
@@ -101,6 +118,11 @@ class Task(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats; for a single output, binary cross-entropy with logits."""
         return F.cross_entropy(self.logits(outputs), targets)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Further metrics of the model's outputs for the server's test data, by name; accuracy,
+        AUROC, macro-F1 and the others of `fedfog.ml.evaluation` are there without it."""
+        return {}
 
 
 def load_task(spec: str, *, data_dir: Path) -> Task:
