@@ -12,7 +12,7 @@ COMPOSE = yaml.safe_load((Path(__file__).parents[2] / "compose.yaml").read_text(
 # What the images fix, because it is a path or a port inside the container; and what all replicas
 # of a service would share although each needs its own.
 INSIDE = {"STATE_DIR", "DATA_DIR", "RUNS_DIR", "FLOWER_PORT", "CLIENT_ID", "PKI_DIR"}
-INSIDE |= {"ENROLMENT_PORT", "BROKER_PID", "BROKER_SIGNALS"}
+INSIDE |= {"CLIENT_DATA", "ENROLMENT_PORT", "BROKER_PID", "BROKER_SIGNALS"}
 
 
 @pytest.mark.parametrize(

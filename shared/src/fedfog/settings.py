@@ -251,6 +251,26 @@ class ClientSettings(RegionSettings, DataSettings):
         json_schema_extra={"format": "file-path"},
         description="file with the token that admits a new client at ENROLMENT_URL",
     )
+    client_data: Path | None = Field(
+        None,
+        json_schema_extra={"format": "file-path"},
+        description="file of the client's own examples (`.csv`, `.tsv`, `.parquet`, `.npz`), "
+        "`{client}` in it stands for its name and `{region}` for its region: it trains on them and "
+        "needs no slot. Default: its slot of the task's training set",
+    )
+    client_slowdown: float = Field(
+        1.0,
+        ge=1,
+        le=1000,
+        description="simulates a slow device: each training takes that many times as long",
+    )
+    client_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="simulates an unreliable device: probability that it sits a round out, drawn "
+        "from the run's seed, the client and the round; see K and ROUND_DEADLINE",
+    )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the client's own examples kept for validation"
     )
@@ -283,6 +303,9 @@ class ClientSettings(RegionSettings, DataSettings):
     @field_validator("clients_per_process")
     @classmethod
     def _has_names(cls, value: int, info: ValidationInfo) -> int:
+        data = info.data.get("client_data")
+        if value > 1 and data and "{client}" not in str(data):
+            raise ValueError("needs {client} in CLIENT_DATA: each client has a file of its own")
         if value > 1 and info.data.get("tls_dir") and not info.data.get("enrolment_url"):
             raise ValueError("needs ENROLMENT_URL: the certificate in TLS_DIR is one client's")
         return value

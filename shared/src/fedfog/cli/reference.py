@@ -36,6 +36,7 @@ _NOT_IN_COMPOSE = {
     "FLOWER_HOST",
     "FLOWER_PORT",
     "CLIENT_ID",
+    "CLIENT_DATA",
     "TLS_DIR",
     "SUPERLINK_TLS_DIR",
     "JOIN_TOKEN_FILE",
