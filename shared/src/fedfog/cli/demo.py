@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # imported when all tiers are on their way
     from fedfog.cli.story import Story
 
 LOG_LINES = 12
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TOLD_BY_NAME = ("service", "region", "client")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -50,8 +50,8 @@ def run(options: Options, kind: str = "demo") -> int:
         sys.stderr.write("fedfog demo needs Linux, macOS or WSL: use Docker Compose (README.md).\n")
         return EXIT_FAILED
     began = time.monotonic()
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         with tempfile.TemporaryDirectory(prefix="fedfog-demo-") as private:
@@ -60,7 +60,7 @@ def run(options: Options, kind: str = "demo") -> int:
                 federation.start()
                 story = _watch(federation, options, began)
             finally:
-                for number in _SIGNALS:
+                for number in SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
                 federation.stop()
     except Stopped as stopped:
@@ -76,7 +76,8 @@ def run(options: Options, kind: str = "demo") -> int:
     return EXIT_OK
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
+def interrupt(number: int, _frame: FrameType | None) -> None:
+    """Raises Stopped."""
     raise Stopped(number)
 
 
@@ -129,7 +130,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
                 case Ended(name=name, code=code) if name == SERVER and code == EXIT_OK:
                     break
                 case Ended(code=code):
-                    raise DemoError(_obituary(event), code if code > 0 else EXIT_FAILED)
+                    raise DemoError(obituary(event), code if code > 0 else EXIT_FAILED)
                 case mqtt.Received(topic, payload) if payload:
                     try:
                         story.see(read(topics, topic, payload), now)
@@ -145,7 +146,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
     return story
 
 
-def _obituary(ended: Ended) -> str:
+def obituary(ended: Ended) -> str:
     """What a user needs to know of a tier that ended before its time."""
     lines = ended.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     if not lines:

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,7 @@ from fedfog.service import ServiceError, allow_open_files, spawn
 SERVER, BROKER = "central-server", "broker"
 STOP_SECONDS = 10.0
 PATIENCE = 3600  # seconds, of a simulated federation
-_LIMITS = ("ROUND_DEADLINE", "COHORT_LIMIT", "ROUND_TIMEOUT")
+LIMITS = ("ROUND_DEADLINE", "COHORT_LIMIT", "ROUND_TIMEOUT")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Options:
     processes: int | None = None  # for the clients of a region; None: one for each client
     client_module: str = ""  # run for each region in place of its clients
     secure: bool = False  # TLS, identities and access lists, as in the compose stack
+    environment: Mapping[str, str] = field(default_factory=dict)  # of all tiers, before all else
 
 
 @dataclass(frozen=True)
@@ -291,5 +292,5 @@ class Federation:
             "NO_PROXY": direct,
         } | settings
         if self._options.processes:  # many trainings on few cores: nobody is to be left out
-            env = {key: os.environ.get(key, PATIENCE) for key in _LIMITS} | env
-        return {key: str(value) for key, value in env.items()}
+            env = {key: os.environ.get(key, PATIENCE) for key in LIMITS} | env
+        return {key: str(value) for key, value in env.items()} | dict(self._options.environment)

@@ -262,5 +262,24 @@ def resume(
     raise typer.Exit(command.resume(runs_dir, name, follow))
 
 
+@app.command()
+def experiment(
+    sweep: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="TOML file (docs/experiments.md)")
+    ],
+    runs_dir: Annotated[
+        Path, typer.Option(envvar="RUNS_DIR", help="in which the sweep has a folder")
+    ] = Path("runs"),
+) -> None:
+    """Do runs over a grid of settings and seeds on a federation of this machine, and put the
+    results into one table, plots and a page.
+
+    A sweep that was stopped or killed goes on where it was when the command is given again.
+    """
+    from fedfog.cli import experiment as command
+
+    raise typer.Exit(command.run(sweep, runs_dir))
+
+
 if __name__ == "__main__":
     app()
