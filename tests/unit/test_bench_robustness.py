@@ -7,6 +7,7 @@ import pytest
 from bench import robustness
 from bench.robustness import Federation
 
+from fedfog.messages.schemas import Hyperparameters
 from fedfog.ml.ecg5000 import Ecg5000
 from fedfog.ml.training import load_arrays, state_arrays, train_local
 
@@ -25,9 +26,8 @@ def test_clients_trained_at_once_are_trained_as_by_the_product(federation: Feder
     for client in few:
         model = federation.task.build_model(federation.seed)
         data = federation.task.training_data(federation.parts[client])
-        train_local(
-            federation.task, model, data, epochs=1, batch_size=32, learning_rate=1e-3, seed=0
-        )
+        parameters = Hyperparameters(local_epochs=1)
+        train_local(federation.task, model, data, parameters, round=1, seed=0)
         one = np.concatenate([array.ravel() for array in state_arrays(model).values()])
         moved = np.linalg.norm(one - federation.start)
         assert np.linalg.norm(models[client] - one) < 1e-3 * moved

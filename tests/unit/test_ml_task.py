@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedfog.messages.schemas import Hyperparameters
 from fedfog.ml.ecg5000 import Ecg5000
 from fedfog.ml.evaluation import evaluate_full
 from fedfog.ml.reference import fedavg
@@ -74,16 +75,8 @@ def test_task_of_ones_own_is_trained_and_evaluated_without_any_other_change() ->
     task = load_task("own_task:described", data_dir=DATA)
     model, test = task.build_model(0), task.test_data()
     slots = np.array_split(np.arange(200), 2)
-    models = fedavg(
-        task,
-        slots,
-        rounds=10,
-        seed=0,
-        validation_fraction=0.1,
-        epochs=2,
-        batch_size=10,
-        learning_rate=0.05,
-    )
+    parameters = Hyperparameters(local_epochs=2, batch_size=10, learning_rate=0.05, seed=0)
+    models = fedavg(task, [slots], parameters, rounds=10, validation_fraction=0.1)
     first, *_, last = models
     load_arrays(model, first)
     before = evaluate_full(task, model, test)
@@ -168,12 +161,13 @@ def test_learning_needs_neither_scikit_learn_nor_pandas() -> None:
 import sys
 from pathlib import Path
 import numpy as np
+from fedfog.messages.schemas import Hyperparameters
 from fedfog.ml.evaluation import evaluate, evaluate_full
 from fedfog.ml.task import load_task
 from fedfog.ml.training import train_local
 task = load_task("ecg5000", data_dir=Path({str(DATA)!r}))
 data, model = task.training_data(np.arange(40)), task.build_model(0)
-train_local(task, model, data, epochs=1, batch_size=32, learning_rate=1e-3, seed=0)
+train_local(task, model, data, Hyperparameters(local_epochs=1), round=1, seed=0)
 evaluate(task, model, data)
 evaluate_full(task, model, data)
 sys.exit(" ".join({{"sklearn", "scipy", "pandas"}} & set(sys.modules)) or 0)

@@ -1,7 +1,7 @@
 """Training on one client, and how a model's state becomes arrays and back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.utils.data import TensorDataset
 
+from fedfog.messages.schemas import Hyperparameters
 from fedfog.ml.task import Task
 
 Arrays = dict[str, NDArray[np.float32]]
+
+# More than a region will ever have: makes the numbers of all slots of all regions differ.
+SLOTS_PER_REGION = 1 << 20
 
 
 class DivergenceError(ArithmeticError):
@@ -62,6 +66,11 @@ def round_seed(seed: int, round: int, slot: int) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
+def global_slot(region_index: int, slot: int) -> int:
+    """A number that no other slot of any region has: the `slot` of `round_seed`."""
+    return region_index * SLOTS_PER_REGION + slot
+
+
 def split_validation(
     indices: NDArray[np.int64], labels: NDArray[np.int64], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -88,9 +97,9 @@ class _Adam:
     every client, as much as PyTorch itself, before the first batch.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], learning_rate: float) -> None:
         self._learning_rate = learning_rate
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = parameters
         self._means = [torch.zeros_like(p) for p in self._parameters]
         self._squares = [torch.zeros_like(p) for p in self._parameters]
         self._steps = [torch.tensor(0.0) for _ in self._parameters]
@@ -116,48 +125,86 @@ class _Adam:
         )
 
 
+class _Sgd:
+    """`torch.optim.SGD` with momentum, bit for bit, without the import of `_Adam`'s kind."""
+
+    def __init__(self, parameters: Sequence[Tensor], learning_rate: float, momentum: float) -> None:
+        self._learning_rate, self._momentum = learning_rate, momentum
+        self._parameters = parameters
+        self._velocities = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters that have a gradient."""
+        for parameter, velocity in zip(self._parameters, self._velocities, strict=True):
+            if parameter.grad is not None:
+                velocity.mul_(self._momentum).add_(parameter.grad)
+                parameter.add_(velocity, alpha=-self._learning_rate)
+
+
 def train_local(
     task: Task,
     model: nn.Module,
     dataset: TensorDataset,
+    parameters: Hyperparameters,
     *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
+    round: int,
     seed: int,
     on_epoch: Callable[[int, int, float, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainingResult | None:
-    """Train the model in place with a fresh Adam (Kingma, Ba 2015) on shuffled batches.
+    """Train the model in place on shuffled batches, with a fresh Adam (Kingma, Ba 2015,
+    arXiv:1412.6980) or SGD; with `proximal_mu` as in FedProx (Li et al. 2020, arXiv:1812.06127).
 
-    `seed` alone decides the shuffling and what the model draws, dropout for example. After each
-    epoch `on_epoch(epoch, epochs, loss, accuracy)` is called. `should_stop()` is asked before each
-    batch; if it says yes, the result is None and the model is left as it is by then.
+    `seed` alone decides the shuffling and what the model draws, dropout for example. `round` is the
+    global one, from 1. After each epoch `on_epoch(epoch, epochs, loss, accuracy)` is called, also
+    after one that `local_steps` cuts short; the loss is the task's, with class weights and without
+    the proximal term. `should_stop()` is asked before each batch; if it says yes, the result is
+    None and the model is left as it is by then.
 
     Raises ValueError for an empty data set and DivergenceError.
     """
     if len(dataset) == 0:
         raise ValueError("no examples to train on: start fewer clients or give them more data")
+    loss_of: Callable[[Tensor, Tensor], Tensor] = task.loss
+    if parameters.class_weights == "balanced":
+        loss_of = _balanced(task, dataset.tensors[1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    received = [p.detach().clone() for p in trained]
+    learning_rate = parameters.learning_rate * parameters.lr_decay ** (round - 1)
+    optimizer: _Adam | _Sgd = (
+        _Adam(trained, learning_rate)
+        if parameters.optimizer == "adam"
+        else _Sgd(trained, learning_rate, parameters.momentum)
+    )
+    batches = math.ceil(len(dataset) / parameters.batch_size)
+    steps = parameters.local_steps or parameters.local_epochs * batches
+    epochs = math.ceil(steps / batches)
     shuffling = torch.Generator().manual_seed(seed)
-    optimizer = _Adam(model, learning_rate)
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            loss_sum, correct = 0.0, 0
+            loss_sum, correct, seen = 0.0, 0, 0
             order = torch.randperm(len(dataset), generator=shuffling)
-            for batch in torch.split(order, batch_size):
+            left = steps - (epoch - 1) * batches
+            for batch in torch.split(order, parameters.batch_size)[:left]:
                 if should_stop is not None and should_stop():
                     return None
                 inputs, targets = dataset[batch]
                 outputs = model(inputs)
-                loss = task.loss(outputs, targets)
+                loss = loss_of(outputs, targets)
                 model.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                if parameters.proximal_mu:
+                    _pull(trained, received, parameters.proximal_mu)
+                if parameters.clip_norm:
+                    nn.utils.clip_grad_norm_(trained, parameters.clip_norm)
                 optimizer.step()
+                seen += len(batch)
                 loss_sum += loss.item() * len(batch)
                 correct += int((task.logits(outputs).argmax(1) == targets).sum())
-            result = TrainingResult(len(dataset), loss_sum / len(dataset), correct / len(dataset))
+            result = TrainingResult(len(dataset), loss_sum / seen, correct / seen)
             if not math.isfinite(result.loss):
                 raise DivergenceError(
                     f"the training loss is {result.loss} after epoch {epoch}: lower LEARNING_RATE"
@@ -165,3 +212,29 @@ def train_local(
             if on_epoch is not None:
                 on_epoch(epoch, epochs, result.loss, result.accuracy)
     return result
+
+
+@torch.no_grad()
+def _pull(parameters: Sequence[Tensor], received: Sequence[Tensor], mu: float) -> None:
+    """Add the gradient of FedProx's proximal term, mu / 2 times the squared distance."""
+    for parameter, before in zip(parameters, received, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - before, alpha=mu)
+
+
+def _balanced(task: Task, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The task's loss with weights that make all classes in `labels` count the same: the weighted
+    mean of PyTorch's losses, for every loss that is a mean over examples."""
+    weights = 1 / torch.bincount(labels)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        shares = weights[targets] / weights[targets].sum()
+        return torch.stack(
+            [
+                shares[targets == label].sum()
+                * task.loss(outputs[targets == label], targets[targets == label])
+                for label in torch.unique(targets)
+            ]
+        ).sum()
+
+    return loss
