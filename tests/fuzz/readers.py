@@ -22,8 +22,8 @@ import wire
 from fedfog.cli import monitor
 from fedfog.cli.regions import Regions
 from fedfog.control import command
+from fedfog.core.partition import slot_indices
 from fedfog.core.rounds import Tick
-from fedfog.core.slots import slot_indices
 from fedfog.flower.reply import ReplyError, unpack
 from fedfog.flower.strategy import FogStrategy, make_strategy
 from fedfog.messages.catalog import read
@@ -169,7 +169,15 @@ def _use_slot(payload: bytes) -> None:
     """What the trainer does with a slot; too few examples for it is foreseen."""
     try:
         slot = Slot.model_validate_json(payload)
-        slot_indices(500, slot.slot, slot.slots, slot.region_index, slot.regions, 7)
+        slot_indices(
+            np.zeros(500, np.int64),
+            None,
+            slot=slot.slot,
+            slots=slot.slots,
+            region_index=slot.region_index,
+            regions=slot.regions,
+            seed=7,
+        )
     except ValidationError:
         pass
     except ValueError as error:

@@ -14,13 +14,16 @@ from typing import Any
 
 import structlog
 
-from fedfog.core.slots import slot_indices, slots_share
+from fedfog.core.partition import slot_indices
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector
 from fedfog.messages.schemas import ClientMetrics, ModelMeta, Slot
 from fedfog.ml.runtime import load_torch
 from fedfog.settings import ClientSettings
 
 log = structlog.get_logger()
+
+# More slots than a region will ever have: makes the numbers of all slots of all regions differ.
+SLOTS_PER_REGION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Trainer(threading.Thread):
         self._report = report
         self._jobs: SimpleQueue[Job] = SimpleQueue()
         self._wanted: dict[str, Job] = {}
-        self._data: dict[str, tuple[tuple[Slot, int], tuple[Any, Any]]] = {}
+        self._data: dict[str, tuple[tuple[Slot, int, str, str], tuple[Any, Any]]] = {}
 
     def submit(self, job: Job) -> None:
         self._wanted[job.client] = job
@@ -106,17 +109,18 @@ class Trainer(threading.Thread):
         began = time.monotonic()
         said = log.bind(client=job.client)
         parameters = job.model.meta.hyperparameters
-        examples, validation = self._examples(task, job, parameters.seed)
+        examples, validation = self._examples(task, job)
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
         received = evaluate(task, model, validation) if len(validation) else None
-        slot = training.global_slot(job.slot.region_index, job.slot.slot)
+        slot = global_slot(job.slot)
         result = training.train_local(
             task,
             model,
             examples,
-            parameters,
-            round=job.round,
+            epochs=parameters.local_epochs,
+            batch_size=parameters.batch_size,
+            learning_rate=parameters.learning_rate,
             seed=training.round_seed(parameters.seed, job.round, slot),
             on_epoch=lambda epoch, epochs, loss, accuracy: said.info(
                 "epoch",
@@ -148,25 +152,35 @@ class Trainer(threading.Thread):
             )
         )
 
-    def _examples(self, task: Any, job: Job, seed: int) -> tuple[Any, Any]:
-        """Training and validation examples of the client's slot; kept until the slot changes."""
-        from fedfog.ml.training import global_slot, round_seed, split_validation
+    def _examples(self, task: Any, job: Job) -> tuple[Any, Any]:
+        """Training and validation examples of the client's slot; kept until that changes."""
+        from fedfog.ml.training import round_seed, split_validation
 
-        slot = job.slot
+        slot, parameters = job.slot, job.model.meta.hyperparameters
+        seed = parameters.seed
+        held = (slot, seed, parameters.partition, parameters.region_partition)
         key, data = self._data.get(job.client, (None, None))
-        if data is None or key != (slot, seed):
+        if data is None or key != held:
             labels = task.training_labels()
             mine = slot_indices(
-                len(labels), slot.slot, slot.slots, slot.region_index, slot.regions, seed
+                labels,
+                task.training_groups(),
+                slot=slot.slot,
+                slots=slot.slots,
+                region_index=slot.region_index,
+                regions=slot.regions,
+                seed=seed,
+                partition=parameters.partition,
+                region_partition=parameters.region_partition,
             )
             kept, validation = split_validation(
                 mine,
                 labels,
                 self._settings.validation_fraction,
-                round_seed(seed, 0, global_slot(slot.region_index, slot.slot)),
+                round_seed(seed, 0, global_slot(slot)),
             )
             data = (task.training_data(kept), task.training_data(validation))
-            self._data[job.client] = ((slot, seed), data)
+            self._data[job.client] = (held, data)
             log.info(
                 "data_slot",
                 client=job.client,
@@ -174,6 +188,10 @@ class Trainer(threading.Thread):
                 region=f"{slot.region_index} of {slot.regions}",
                 training=len(kept),
                 validation=len(validation),
-                shared=slots_share(len(labels), slot.slots, slot.region_index, slot.regions),
             )
         return data
+
+
+def global_slot(slot: Slot) -> int:
+    """A number that no other slot of any region has: part of the seed of what a client draws."""
+    return slot.region_index * SLOTS_PER_REGION + slot.slot

@@ -1,4 +1,4 @@
-"""Data slots: which client trains on which part of the training set.
+"""Data slots: which client has which part of the training set (`partition` cuts it).
 
 A replica started by `docker compose up --scale client=N` knows neither its number nor N. So the
 aggregator deals slots to the first cohort of a run: slot i of n to the i-th client in order of
@@ -12,38 +12,6 @@ names. The rule for everything later:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-def slot_indices(
-    num_examples: int, slot: int, slots: int, region_index: int, regions: int, seed: int
-) -> NDArray[np.int64]:
-    """Indices of the training examples of one slot, shape (about num_examples/regions/slots,).
-
-    A seeded permutation (an IID partition) is cut into `regions` parts and each of these into
-    `slots`. All slots of all regions are disjoint and together hold every index once - unless a
-    region has more slots than examples: then each slot holds one example and some hold the same,
-    which counts once for each of them.
-
-    Raises:
-        ValueError: there is no such slot or region, or no example for the region.
-    """
-    if not (0 <= slot < slots and 0 <= region_index < regions):
-        raise ValueError(f"no slot {slot} of {slots} in region {region_index} of {regions}")
-    order = np.random.default_rng(seed).permutation(num_examples)
-    part = np.array_split(order, regions)[region_index]
-    if len(part) == 0:
-        raise ValueError(f"{num_examples} examples are too few for {regions} regions")
-    if len(part) < slots:
-        return part[slot % len(part) :][:1]
-    return np.array_split(part, slots)[slot]
-
-
-def slots_share(num_examples: int, slots: int, region_index: int, regions: int) -> bool:
-    """True if the region has more slots than examples, so that some slots hold the same one."""
-    return slots > num_examples // regions + (region_index < num_examples % regions)
 
 
 @dataclass
