@@ -22,9 +22,6 @@ from fedfog.settings import ClientSettings
 
 log = structlog.get_logger()
 
-# More slots than a region will ever have: makes the numbers of all slots of all regions differ.
-SLOTS_PER_REGION = 1 << 20
-
 
 @dataclass(frozen=True)
 class Job:
@@ -113,14 +110,13 @@ class Trainer(threading.Thread):
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
         received = evaluate(task, model, validation) if len(validation) else None
-        slot = global_slot(job.slot)
+        slot = training.global_slot(job.slot.region_index, job.slot.slot)
         result = training.train_local(
             task,
             model,
             examples,
-            epochs=parameters.local_epochs,
-            batch_size=parameters.batch_size,
-            learning_rate=parameters.learning_rate,
+            parameters,
+            round=job.round,
             seed=training.round_seed(parameters.seed, job.round, slot),
             on_epoch=lambda epoch, epochs, loss, accuracy: said.info(
                 "epoch",
@@ -154,7 +150,7 @@ class Trainer(threading.Thread):
 
     def _examples(self, task: Any, job: Job) -> tuple[Any, Any]:
         """Training and validation examples of the client's slot; kept until that changes."""
-        from fedfog.ml.training import round_seed, split_validation
+        from fedfog.ml.training import global_slot, round_seed, split_validation
 
         slot, parameters = job.slot, job.model.meta.hyperparameters
         seed = parameters.seed
@@ -177,7 +173,7 @@ class Trainer(threading.Thread):
                 mine,
                 labels,
                 self._settings.validation_fraction,
-                round_seed(seed, 0, global_slot(slot)),
+                round_seed(seed, 0, global_slot(slot.region_index, slot.slot)),
             )
             data = (task.training_data(kept), task.training_data(validation))
             self._data[job.client] = (held, data)
@@ -190,8 +186,3 @@ class Trainer(threading.Thread):
                 validation=len(validation),
             )
         return data
-
-
-def global_slot(slot: Slot) -> int:
-    """A number that no other slot of any region has: part of the seed of what a client draws."""
-    return slot.region_index * SLOTS_PER_REGION + slot.slot
