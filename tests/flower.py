@@ -11,13 +11,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import Peer
@@ -25,7 +26,8 @@ from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.flower.fleet import RunStatus, register_node, run_status, submit_run
 from fedfog.flower.grid import BellRung, BridgeSeen, FogEvent
-from fedfog.messages.codec import TensorTable, digest_of, encode
+from fedfog.flower.strategy import to_record, to_vector
+from fedfog.messages.codec import TensorTable, Vector, digest_of, encode
 from fedfog.messages.schemas import Bell, Bridge, ClientMetrics, PartialMeta
 from fedfog.transport import tls
 
@@ -273,3 +275,20 @@ class PlayedFog:
 
     def bell(self, region: str, message: Message) -> None:
         self.events.put(BellRung(Bell(region=region, message_id=message.metadata.message_id)))
+
+
+def round_of(
+    strategy: Strategy, number: int, model: Vector, trained: Sequence[tuple[Vector, int]]
+) -> Vector:
+    """The model that a strategy makes of the regions' models and their numbers of examples."""
+    flower = PlayedFlower(*range(1, len(trained) + 1))
+    asked = list(strategy.configure_train(number, to_record(model), ConfigRecord(), flower))
+    flower.push_messages(asked)
+    answers = []
+    for message, (vector, examples) in zip(asked, trained, strict=True):
+        metrics = MetricRecord({"num-examples": examples, "train-loss": 0.5})
+        content = RecordDict({"arrays": to_record(vector), "metrics": metrics})
+        answers.append(Message(content, reply_to=message))
+    answer, _ = strategy.aggregate_train(number, answers)
+    assert answer is not None
+    return to_vector(answer)

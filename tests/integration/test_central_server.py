@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file
@@ -13,8 +14,10 @@ from safetensors.numpy import load_file
 from centre import LIMIT, MODEL, Centre, Region, assert_gone, descendants, expected, lines
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker
+from fedfog.flower.strategy import make_strategy
 from fedfog.messages.codec import decode, decode_json
 from fedfog.messages.schemas import ModelMeta, RoundRecord
+from flower import round_of
 
 
 @pytest.fixture
@@ -130,6 +133,26 @@ def test_a_killed_server_leaves_no_child_and_goes_on_where_it_was(
     assert region.model(3).vector.tobytes() == expected(region.models[0], 3)
     assert len({model.meta.run for model in region.models.values()}) == 1
     assert [record["round"] for record in here.read("history.json")["rounds"]] == [1, 2, 3]
+    region.close()
+
+
+def test_moments_of_the_strategy_survive_the_kill_of_the_server_to_the_last_bit(
+    centre: Callable[..., Centre], broker: LocalBroker
+) -> None:
+    options = {"server_learning_rate": 0.5, "beta_1": 0.8, "tau": 0.1}
+    here, region = centre(strategy="FedAdam", rounds=4, **options), Region(broker.port, allowed=2)
+    here.bridge()
+    server = here.start()
+    region.model(2)
+    server.kill()
+    again = here.start()
+    region.allow(4)
+    assert again.wait(LIMIT) == 0
+    assert here.read("summary.json")["rewinds"] == []
+    undisturbed, model = make_strategy("FedAdam", 1, 1e-3, **options), region.models[0].vector
+    for number in range(1, 5):
+        model = round_of(undisturbed, number, model, [(model + np.float32(number), 10)])
+        assert region.model(number).vector.tobytes() == model.tobytes()
     region.close()
 
 

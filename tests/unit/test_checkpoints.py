@@ -4,16 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load_file
 
-from fedfog.flower.strategy import make_strategy, to_record, to_vector
+from fedfog.flower.strategy import make_strategy
 from fedfog.messages.codec import CodecError, TensorTable, Vector
 from fedfog.messages.schemas import ClientMetrics, PartialMeta, RoundRecord
 from fedfog_central_server import strategy_state
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
-from flower import PlayedFlower
+from flower import round_of
 
 TABLE = TensorTable((("0.weight", (3, 2)), ("conv.bias", (4,))))
 
@@ -143,23 +142,12 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(store: Checkpoints) 
 
 
 def strategy_of(name: str) -> Strategy:
-    strategy = make_strategy(name, 1, 0.1)
-    if name == "FedAvgM":
-        vars(strategy).update(server_momentum=0.9, server_opt=True)
-    return strategy
+    return make_strategy(name, 1, 0.1, server_momentum=0.9 if name == "FedAvgM" else None)
 
 
 def one_round(strategy: Strategy, number: int, model: Vector) -> Vector:
-    """The model that a strategy makes of one region's answer."""
-    flower = PlayedFlower(1)
-    asked = list(strategy.configure_train(number, to_record(model), ConfigRecord(), flower))
-    flower.push_messages(asked)
-    trained = to_record(model + values(number, TABLE.num_parameters))
-    metrics = MetricRecord({"num-examples": 10, "train-loss": 0.5})
-    content = RecordDict({"arrays": trained, "metrics": metrics})
-    answer, _ = strategy.aggregate_train(number, [Message(content, reply_to=asked[0])])
-    assert answer is not None
-    return to_vector(answer)
+    trained = model + values(number, TABLE.num_parameters)
+    return round_of(strategy, number, model, [(trained, 10)])
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad"])
