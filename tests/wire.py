@@ -29,6 +29,7 @@ def model(
     started: int = 1,
     finished: bool = False,
     local_epochs: int = 1,
+    partition: str = "iid",
 ) -> bytes:
     """A global model as central-server publishes it."""
     meta = ModelMeta(
@@ -39,7 +40,11 @@ def model(
         state=RunState.FINISHED if finished else RunState.TRAINING,
         digest=digest_of(vector),
         hyperparameters=Hyperparameters(
-            local_epochs=local_epochs, batch_size=32, learning_rate=1e-3, seed=7
+            local_epochs=local_epochs,
+            batch_size=32,
+            learning_rate=1e-3,
+            seed=7,
+            partition=partition,
         ),
     )
     return encode(meta, table, vector)

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker
+from fedfog.core.partition import deal
 from fedfog.messages.codec import TensorMessage, TensorTable, decode
 from fedfog.messages.schemas import Receipt, RegionReceipt, Slot, Status, UpdateMeta, Verdict
 from fedfog.ml.task import load_task
@@ -83,9 +84,29 @@ def test_trains_on_its_slot_and_reports_what_it_learned(start: Callable[..., Edg
     update = edge.update()
     assert update.meta.num_examples == 150  # 167 examples of slot 1 of 3, a tenth held back
     assert update.meta.metrics.validation_accuracy is not None
+    assert update.meta.metrics.validation_examples == 17
     assert np.abs(update.vector - BASE).max() > 1e-4
     edge.service.wait_for_log("step_1_local_training")
     edge.service.wait_for_log('"epoch": "1/1"')
+
+
+def test_trains_on_what_the_partition_deals_to_its_slot(start: Callable[..., Edge]) -> None:
+    edge = start(validation_fraction=0)
+    edge.model(partition="dirichlet:0.3")
+    edge.deal(slot=1)
+    labels = load_task("ecg5000", data_dir=REPOSITORY / "data").training_labels()
+    dealt = deal(labels, None, [3], seed=7, partition="dirichlet:0.3")[0][1]
+    assert edge.update().meta.num_examples == len(dealt) != 167
+
+
+def test_partition_that_the_data_do_not_allow_ends_it_and_is_named(
+    start: Callable[..., Edge],
+) -> None:
+    edge = start()
+    edge.model(partition="group")
+    edge.deal()
+    assert edge.service.wait() == 1
+    assert "PARTITION=group: the task does not say" in edge.service.log.read_text()
 
 
 def test_same_seed_and_slot_give_the_same_update(start: Callable[..., Edge]) -> None:

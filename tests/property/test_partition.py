@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedfog.core.partition import LEAST, deal, parse, slot_indices
+from fedfog.settings import EXIT_BAD_SETTING, CentralSettings, load
 
 Ints = NDArray[np.int64]
 
@@ -286,6 +287,17 @@ def test_slot_that_does_not_exist_is_refused(wrong: tuple[int, int, int, int]) -
 def test_unknown_partition_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="none of iid, dirichlet:ALPHA"):
         parse(spec)
+
+
+@pytest.mark.parametrize("setting", ["PARTITION", "REGION_PARTITION"])
+def test_unknown_partition_ends_the_central_server_at_its_start(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(setting, "dirichlet:0")
+    with pytest.raises(SystemExit) as ended:
+        load(CentralSettings)
+    assert ended.value.code == EXIT_BAD_SETTING
+    assert capsys.readouterr().err.startswith(f"{setting}='dirichlet:0': ")
 
 
 def test_partition_is_a_kind_and_a_number() -> None:

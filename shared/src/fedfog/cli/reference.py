@@ -85,7 +85,6 @@ _KINDS = {
         (schemas.Name, "name"),
         (schemas.RunId, "run id"),
         (schemas.Digest, "SHA-256 in hex"),
-        (schemas.Partition, "partition"),
     )
 }
 _KINDS_TOLD = "A " + ", a ".join(f"{words} matches `{p}`" for p, words in _KINDS.items()) + "."

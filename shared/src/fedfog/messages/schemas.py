@@ -3,8 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from fedfog.core.partition import parse
 from fedfog.core.phases import Phase
 from fedfog.messages.topics import NAME_PATTERN
 
@@ -35,9 +36,12 @@ class Payload(BaseModel):
         return self.model_dump_json().encode()
 
 
-_POSITIVE = r"(\d*[1-9]\d*(\.\d+)?|0?\.\d*[1-9]\d*)"
-PARTITION_PATTERN = rf"^(iid|group|(dirichlet|sizes):{_POSITIVE}|shards:[1-9]\d*)$"
-Partition = Annotated[str, Field(pattern=PARTITION_PATTERN)]
+def _partition(spec: str) -> str:
+    parse(spec)
+    return spec
+
+
+Partition = Annotated[str, AfterValidator(_partition)]
 
 
 class Training(BaseModel):
