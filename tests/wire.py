@@ -14,6 +14,7 @@ from fedfog.messages.schemas import (
 
 TABLE = TensorTable((("bias", (3,)), ("weight", (5, 2))))
 SIZE = TABLE.num_parameters
+METRICS = ClientMetrics(train_loss=0.5)
 
 
 def constant(value: float, size: int = SIZE) -> Vector:
@@ -59,6 +60,7 @@ def update(
     run: str = "run",
     region: str = "region_0",
     table: TensorTable = TABLE,
+    metrics: ClientMetrics = METRICS,
 ) -> bytes:
     """An update as a client publishes it, trained from the global model `base`."""
     meta = UpdateMeta(
@@ -68,7 +70,7 @@ def update(
         client=client,
         base_digest=digest_of(base),
         num_examples=num_examples,
-        metrics=ClientMetrics(train_loss=0.5),
+        metrics=metrics,
     )
     return encode(meta, table, vector)
 
@@ -88,5 +90,5 @@ BASE_META = UpdateMeta(
     client="a",
     base_digest="0" * 64,
     num_examples=10,
-    metrics=ClientMetrics(train_loss=0.5),
+    metrics=METRICS,
 )

@@ -8,9 +8,11 @@ from fedfog.messages.codec import digest_of, encode
 from fedfog.messages.schemas import (
     Bell,
     Bridge,
+    ClientEvaluation,
     ClientMetrics,
     Cue,
     Evaluation,
+    FederatedEvaluation,
     PartialMeta,
     Presence,
     Progress,
@@ -24,6 +26,17 @@ from fedfog.messages.schemas import (
 
 BASE = wire.constant(0.25)
 VECTOR = np.arange(wire.SIZE, dtype=np.float32)
+FEDERATED = FederatedEvaluation(
+    num_clients=2,
+    num_examples=5,
+    loss=0.4,
+    accuracy=0.6,
+    mean_accuracy=0.5,
+    std_accuracy=0.1,
+    worst_accuracy=0.4,
+    worst_client="region_0/a",
+    best_accuracy=0.6,
+)
 PARTIAL = PartialMeta(
     run="run",
     round=1,
@@ -34,7 +47,8 @@ PARTIAL = PartialMeta(
     members={"a": 10, "b": 20},
     left_out={"c": "offline"},
     base_digest=digest_of(BASE),
-    metrics=ClientMetrics(train_loss=0.5, validation_loss=0.4, validation_accuracy=0.9),
+    metrics=ClientMetrics(train_loss=0.5),
+    federated=FEDERATED,
     seconds={"collect": 0.25},
 )
 EVALUATION = Evaluation(
@@ -44,6 +58,7 @@ EVALUATION = Evaluation(
     accuracy=0.9,
     auroc=None,
     macro_f1=0.8,
+    ece=0.1,
     confusion_matrix=[[20, 1], [3, 16]],
 )
 RECORD = RoundRecord(
@@ -55,6 +70,7 @@ RECORD = RoundRecord(
     num_examples=30,
     train_loss=0.5,
     evaluation=EVALUATION,
+    federated=FEDERATED,
     seconds={"push": 0.01},
 )
 REGION = "region_0"
@@ -105,6 +121,9 @@ def messages(client: str = "m") -> dict[str, list[bytes]]:
         f"fl/bridge/{REGION}": [
             Bridge(online=True, boot=3, node_id=2**63 + 5).to_json(),
             Bridge(online=False, boot=3).to_json(),
+        ],
+        f"fl/evaluations/{REGION}/{client}": [
+            ClientEvaluation(run="run", round=1, num_examples=5, loss=0.4, accuracy=0.6).to_json()
         ],
         "fl/cue": [Cue(run="run", round=1).to_json()],
         "fl/bell": [Bell(region=REGION, message_id="ab" * 32).to_json()],

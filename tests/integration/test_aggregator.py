@@ -10,6 +10,7 @@ import pytest
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorTable, Vector
+from fedfog.messages.schemas import ClientMetrics
 from region import BASE, Region
 from wire import SIZE, TABLE, constant, death, model, update
 
@@ -40,6 +41,50 @@ def test_partial_is_the_mean_weighted_by_examples(start: Callable[..., Region]) 
     np.testing.assert_allclose(partial.vector, 5.1, rtol=1e-7)
     accepted = json.loads(region.peer.on("fl/receipts/region_0"))
     assert accepted["members"] == ["a", "b", "c"]
+
+
+def validated(examples: int, accuracy: float, train_loss: float = 0.5) -> ClientMetrics:
+    return ClientMetrics(
+        train_loss=train_loss,
+        validation_examples=examples,
+        validation_loss=1 - accuracy,
+        validation_accuracy=accuracy,
+    )
+
+
+def test_partial_tells_how_the_model_does_on_the_clients_own_examples(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=4)
+    region.open("a", "b", "c", "d")
+    told = {"a": validated(2, 1.0), "b": validated(10, 0.6), "c": validated(8, 0.5)}
+    for client, metrics in told.items():
+        region.send(client, 1, metrics=metrics)
+    region.send("b", 1, metrics=told["b"])  # a copy is not counted
+    region.send("d", 1)  # has no validation split
+    federated = region.partial().meta.federated
+    assert federated is not None
+    assert (federated.num_clients, federated.num_examples) == (3, 20)
+    assert federated.accuracy == pytest.approx(12 / 20)
+    assert federated.loss == pytest.approx(8 / 20)
+    assert federated.mean_accuracy == pytest.approx(0.7)
+    assert federated.std_accuracy == pytest.approx(np.std([1.0, 0.6, 0.5]))
+    assert (federated.worst_client, federated.worst_accuracy) == ("region_0/c", 0.5)
+    assert federated.best_accuracy == 1
+
+
+def test_metrics_at_the_bounds_do_not_end_the_aggregator(start: Callable[..., Region]) -> None:
+    """A mean of these two losses is above both, by rounding."""
+    region = start(clients_expected=2)
+    region.open("a", "b")
+    for client, examples in (("a", 765_827), ("b", 343_535)):
+        told = validated(examples, 1.0, train_loss=1e30)
+        told = told.model_copy(update={"validation_loss": 1e30})
+        region.send(client, 1, num_examples=examples, metrics=told)
+    meta = region.partial().meta
+    assert meta.metrics.train_loss == 1e30
+    assert meta.federated is not None
+    assert (meta.federated.loss, meta.federated.accuracy) == (1e30, 1)
 
 
 def hostile_payloads() -> dict[str, tuple[bytes, str]]:
@@ -81,6 +126,10 @@ def hostile_payloads() -> dict[str, tuple[bytes, str]]:
         ),
         "too many examples": (
             update(BASE, constant(9), "m", num_examples=10**8),
+            "MAX_EXAMPLES",
+        ),
+        "too many validation examples": (
+            update(BASE, constant(9), "m", metrics=validated(10**8, 0.5)),
             "MAX_EXAMPLES",
         ),
     }

@@ -71,6 +71,10 @@ ALLOWED: dict[str, tuple[list[str], list[str]]] = {
     "fl/bridge/r1": (["bridge.r1"], ["bridge.r1", "central-server"]),
     "fl/cue": (["central-server"], ["bridge.r0", "bridge.r1", "bridge.top"]),
     "fl/bell": (["bridge.r0", "bridge.r1", "bridge.top"], ["central-server"]),
+    "fl/evaluations/r0/c1": (["r0/c1"], ["central-server"]),
+    "fl/evaluations/r0/c2": ([], ["central-server"]),
+    "fl/evaluations/r1/c1": (["r1/c1"], ["central-server"]),
+    "fl/evaluations/top/low": ([], ["central-server"]),
     "fl/history": (["central-server"], []),
 }
 # What a name that the CA never gives would get: a level of its own, which is nobody's topic, but

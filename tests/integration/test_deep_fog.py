@@ -109,14 +109,23 @@ def test_four_tiers_give_flat_fedavg(fog: Callable[..., Fog]) -> None:
         tree.birth(region, *names)
     for round in (1, 2, 3):
         tree.begin(base, round)
-        products, weights = [], []
+        products, weights, right = [], [], []
         for region in ("left", "right", "top", *clients):
             tree.wait_phase(region, "open", round)
         for region, names in clients.items():
             for name in names:
                 vector = random.normal(size=SIZE).astype(np.float32)
                 n = int(random.integers(1, 10_000))
-                tree.send(region, name, vector, base=base, round=round, num_examples=n)
+                right.append(int(random.integers(0, 20)))
+                told = ClientMetrics(
+                    train_loss=0.5,
+                    validation_examples=20,
+                    validation_loss=1.0,
+                    validation_accuracy=right[-1] / 20,
+                )
+                tree.send(
+                    region, name, vector, base=base, round=round, num_examples=n, metrics=told
+                )
                 products.append(n * vector.astype(np.float64))
                 weights.append(n)
         top = tree.partial("top", round)
@@ -131,6 +140,14 @@ def test_four_tiers_give_flat_fedavg(fog: Callable[..., Fog]) -> None:
         assert meta.members == {"left": sum(weights[:5]), "right": weights[5]}
         assert meta.left_out == {}
         assert meta.metrics.train_loss == pytest.approx(0.5)
+        federated, own = meta.federated, np.array(right) / 20
+        assert federated is not None
+        assert (federated.num_clients, federated.num_examples) == (6, 120)
+        assert federated.accuracy == pytest.approx(own.mean())
+        assert federated.std_accuracy == pytest.approx(own.std())
+        assert federated.worst_accuracy == own.min()
+        everybody = [f"{region}/{name}" for region, names in clients.items() for name in names]
+        assert federated.worst_client == min(zip(own, everybody, strict=True))[1]
         base = top.vector
     for region, names in clients.items():
         assert tree.accepted(region, 1) == [list(names)]

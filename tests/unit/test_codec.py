@@ -124,6 +124,7 @@ def test_metrics_carry_no_example() -> None:
     """What a client tells is a handful of means."""
     assert set(ClientMetrics.model_fields) == {
         "train_loss",
+        "validation_examples",
         "validation_loss",
         "validation_accuracy",
     }

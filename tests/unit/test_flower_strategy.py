@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Message
 
 from fedfog.core.aggregation import WeightedSum
+from fedfog.core.metrics import Federated
 from fedfog.flower.grid import FogGrid, RegionsError
 from fedfog.flower.reply import pack
 from fedfog.flower.strategy import (
@@ -17,8 +18,8 @@ from fedfog.flower.strategy import (
     StrategyError,
     make_strategy,
 )
-from fedfog.messages.codec import TensorTable, Vector, digest_of, encode
-from fedfog.messages.schemas import ClientMetrics, PartialMeta
+from fedfog.messages.codec import CodecError, TensorTable, Vector, decode, digest_of, encode
+from fedfog.messages.schemas import ClientMetrics, FederatedEvaluation, PartialMeta
 from flower import PlayedFlower, PlayedFog
 from wire import constant
 
@@ -138,6 +139,35 @@ def test_record_tells_who_took_part_and_how_long_each_step_took() -> None:
     assert (record.num_clients, record.num_examples) == (6, 537)
     assert record.train_loss == pytest.approx(0.5)
     assert set(record.seconds) == {"wait_regions", "push", "reply", "pull", "aggregate"}
+
+
+def federated(region: str, clients: int, accuracy: float) -> FederatedEvaluation | None:
+    return FederatedEvaluation.of(
+        Federated(clients, 10 * clients, 1.0, accuracy, accuracy, 0.1, 0.0, f"{region}/c", 1.0)
+    )
+
+
+def test_record_tells_of_the_clients_of_all_regions_how_the_model_does() -> None:
+    told = {"a": federated("a", 1, 0.5), "b": None, "c": federated("c", 2, 0.8)}
+
+    def partials(region: str, round_: int) -> bytes:
+        return partial(region, round_, constant(1), fields={"federated": told[region]})
+
+    federation = Federation(partials)
+    federation.run()
+    record = federation.models[0].record
+    assert {region: meta.federated for region, meta in record.regions.items()} == told
+    assert record.federated is not None
+    assert (record.federated.num_clients, record.federated.num_examples) == (3, 30)
+    assert record.federated.accuracy == pytest.approx(0.7)
+    assert record.federated.worst_client == "a/c"
+
+
+def test_more_clients_in_an_evaluation_than_in_the_partial_are_refused() -> None:
+    payload = partial("a", 1, constant(1), fields={"federated": federated("a", 2, 0.5)})
+    decode(payload, PartialMeta)
+    with pytest.raises(CodecError, match="more clients"):
+        decode(payload.replace(b'num_clients\\":2', b'num_clients\\":1', 1), PartialMeta)
 
 
 def test_order_of_arrival_does_not_change_the_model() -> None:

@@ -63,6 +63,39 @@ def test_metrics_are_those_of_scikit_learn(examples: list[tuple[int, int, int]])
         assert auroc == pytest.approx(roc_auc_score(labels % 2, odds))
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(-40, 40), min_size=5, max_size=5)))
+)
+def test_calibration_error_is_that_of_its_definition(
+    examples: list[tuple[int, list[int]]],
+) -> None:
+    """Guo et al. 2017, equations 3 to 5, bin by bin."""
+    examples.append((0, [9, 0, 0, 0, 0]))
+    labels = [label for label, _ in examples]
+    logits = np.array([scores for _, scores in examples]) / 4
+    logits -= logits.max(1, keepdims=True)  # 1/5, a bin's edge, is exact so
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    expected = 0.0
+    for m in range(15):
+        inside = (m / 15 < confidence) & (confidence <= (m + 1) / 15)
+        if inside.any():
+            gap = abs(right[inside].mean() - confidence[inside].mean())
+            expected += inside.sum() / len(labels) * gap
+    outputs = torch.from_numpy(logits).float()
+    data = TensorDataset(outputs, torch.tensor(labels))
+    assert evaluate_full(FIVE, nn.Identity(), data).ece == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_error_of_a_model_that_is_sure_and_right_is_0_and_of_a_wrong_one_1() -> None:
+    sure = [[90.0], [90.0], [-90.0]]
+    assert evaluate_full(BINARY, nn.Identity(), given_outputs(sure, [1, 1, 0])).ece == 0
+    assert evaluate_full(BINARY, nn.Identity(), given_outputs(sure, [0, 0, 1])).ece == 1
+    # Half sure of what is right every other time.
+    even = given_outputs([[0.0], [0.0]], [0, 1])
+    assert evaluate_full(BINARY, nn.Identity(), even).ece == 0
+
+
 def test_confusion_matrix_has_a_row_and_a_column_for_every_class() -> None:
     data = given_outputs([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]], [0, 3])
     matrix = np.array(evaluate_full(FIVE, nn.Identity(), data).confusion_matrix)
@@ -81,11 +114,13 @@ def test_auroc_of_classes_that_occur_is_told_when_others_do_not() -> None:
     assert evaluate_full(FIVE, nn.Identity(), data).auroc == 1
 
 
-def test_auroc_is_none_where_it_is_undefined() -> None:
+def test_auroc_and_calibration_are_none_where_they_are_undefined() -> None:
     one_class = given_outputs([[-1.0], [2.0]], [1, 1])
     assert evaluate_full(BINARY, nn.Identity(), one_class).auroc is None
+    assert evaluate_full(BINARY, nn.Identity(), one_class).ece is not None
     broken = given_outputs([[math.nan], [2.0]], [0, 1])
     assert evaluate_full(BINARY, nn.Identity(), broken).auroc is None
+    assert evaluate_full(BINARY, nn.Identity(), broken).ece is None
 
 
 def test_cheap_and_full_evaluation_agree_and_batching_does_not_show() -> None:

@@ -30,6 +30,17 @@ EVALUATION = schemas.Evaluation(
     macro_f1=0.9485,
     confusion_matrix=[[1, 2], [3, 4]],
 )
+FEDERATED = schemas.FederatedEvaluation(
+    num_clients=2,
+    num_examples=30,
+    loss=None,
+    accuracy=0.9,
+    mean_accuracy=0.85,
+    std_accuracy=0.05,
+    worst_accuracy=0.8,
+    worst_client="region_0/client-1",
+    best_accuracy=0.9,
+)
 PARTIAL = schemas.PartialMeta(
     run="run-1",
     round=2,
@@ -41,6 +52,7 @@ PARTIAL = schemas.PartialMeta(
     left_out={"client-3": "offline"},
     suspicious={"client-2": "too far"},
     metrics=METRICS,
+    federated=FEDERATED,
 )
 MODEL = schemas.ModelMeta(
     run="run-1",
@@ -108,6 +120,7 @@ MESSAGES: list[tuple[str, schemas.Payload, list[str]]] = [
             "2 clients",
             "client-1, client-2",
             "300 examples",
+            "2 clients found its accuracy 0.9000, at worst 0.8000 (region_0/client-1)",
             "left out: client-3 (offline)",
             "suspicious: client-2 (too far)",
             "2 tensors",
@@ -128,6 +141,11 @@ MESSAGES: list[tuple[str, schemas.Payload, list[str]]] = [
         "fl/receipts/region_0",
         schemas.RegionReceipt(run="run-1", round=2, boot=7, members=["client-1", "client-2"]),
         ["accepted", "round 2", "client-1, client-2"],
+    ),
+    (
+        "fl/evaluations/region_0/client-1",
+        schemas.ClientEvaluation(run="run-1", round=3, num_examples=17, loss=None, accuracy=0.5),
+        ["finished model 3", "run-1", "accuracy 0.5000", "not finite", "17 validation examples"],
     ),
     (
         "fl/slots/region_0/client-1",

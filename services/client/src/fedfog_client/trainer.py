@@ -9,15 +9,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import structlog
 
 from fedfog.core.partition import slot_indices
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector
-from fedfog.messages.schemas import ClientMetrics, ModelMeta, Slot
+from fedfog.messages.schemas import MAX_LOSS, ClientMetrics, ModelMeta, Slot
 from fedfog.ml.runtime import load_torch
+from fedfog.service import ServiceError
 from fedfog.settings import ClientSettings
 
 log = structlog.get_logger()
@@ -25,13 +29,14 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Job:
-    """Train from this global model on this slot for `round`."""
+    """Train from this global model for `round`: on this slot or, without one, on the client's own
+    data."""
 
     client: str
     run: str
     round: int
     model: TensorMessage[ModelMeta]
-    slot: Slot
+    slot: Slot | None
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,29 @@ class Trainer(threading.Thread):
         self._report = report
         self._jobs: SimpleQueue[Job] = SimpleQueue()
         self._wanted: dict[str, Job] = {}
-        self._data: dict[str, tuple[tuple[Slot, int, str, str], tuple[Any, Any]]] = {}
+        self._absent: dict[str, Job] = {}
+        self._data: dict[str, tuple[tuple[Slot | str, int, str, str], tuple[Any, Any]]] = {}
 
     def submit(self, job: Job) -> None:
+        """Train, unless the client sits this round out."""
         self._wanted[job.client] = job
-        self._jobs.put(job)
+        if self._settings.client_dropout and self._sits_out(job):
+            self._absent[job.client] = job
+            log.info("sits_round_out", client=job.client, round=job.round)
+        else:
+            self._jobs.put(job)
+
+    def _sits_out(self, job: Job) -> bool:
+        key = (job.round, self._number(job.client), 1)  # not the key of what training draws
+        draws = np.random.SeedSequence(job.model.meta.hyperparameters.seed, spawn_key=key)
+        return np.random.default_rng(draws).random() < self._settings.client_dropout
+
+    def recall(self, client: str) -> None:
+        """The region starves: have the client train if it sits this round out."""
+        job = self._absent.pop(client, None)
+        if job is not None and self._is_wanted(job):
+            log.info("recalled_to_the_round", client=client, round=job.round)
+            self._jobs.put(job)
 
     def cancel(self, client: str) -> None:
         """Drop the client's job, or stop it at its next batch; it reports nothing."""
@@ -110,14 +133,13 @@ class Trainer(threading.Thread):
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
         received = evaluate(task, model, validation) if len(validation) else None
-        slot = training.global_slot(job.slot.region_index, job.slot.slot)
         result = training.train_local(
             task,
             model,
             examples,
             parameters,
             round=job.round,
-            seed=training.round_seed(parameters.seed, job.round, slot),
+            seed=training.round_seed(parameters.seed, job.round, self._stream(job)),
             on_epoch=lambda epoch, epochs, loss, accuracy: said.info(
                 "epoch",
                 round=job.round,
@@ -133,56 +155,122 @@ class Trainer(threading.Thread):
         arrays = training.state_arrays(model)
         del model  # of a large one, no more copies than needed
         table = TensorTable.of(arrays)
-        self._report(
-            Trained(
-                job,
-                table,
-                table.flatten(arrays),
-                result.num_examples,
-                ClientMetrics(
-                    train_loss=result.loss,
-                    validation_loss=received.loss if received else None,
-                    validation_accuracy=received.accuracy if received else None,
-                ),
-                time.monotonic() - began,
-            )
+        seconds = time.monotonic() - began
+        trained = Trained(
+            job,
+            table,
+            table.flatten(arrays),
+            result.num_examples,
+            ClientMetrics(
+                train_loss=result.loss,
+                validation_loss=_told(received.loss) if received else None,
+                validation_accuracy=received.accuracy if received else None,
+                validation_examples=received.num_examples if received else None,
+            ),
+            seconds * self._settings.client_slowdown,
         )
+        if trained.seconds > seconds:  # the clients of a process wait side by side
+            wait = threading.Timer(trained.seconds - seconds, self._hand_over, [trained])
+            wait.daemon = True
+            wait.start()
+        else:
+            self._report(trained)
+
+    def _hand_over(self, trained: Trained) -> None:
+        if self._is_wanted(trained.job):
+            self._report(trained)
+
+    def _number(self, client: str) -> int:
+        """A number of this client alone, above those of all slots."""
+        name = f"{self._settings.region}/{client}"
+        return int.from_bytes(sha256(name.encode()).digest()[:8]) | 1 << 63
+
+    def _stream(self, job: Job) -> int:
+        """Whose random numbers the client draws: its slot's, or its own."""
+        from fedfog.ml.training import global_slot
+
+        slot = job.slot
+        return global_slot(slot.region_index, slot.slot) if slot else self._number(job.client)
 
     def _examples(self, task: Any, job: Job) -> tuple[Any, Any]:
-        """Training and validation examples of the client's slot; kept until that changes."""
-        from fedfog.ml.training import global_slot, round_seed, split_validation
-
-        slot, parameters = job.slot, job.model.meta.hyperparameters
-        seed = parameters.seed
-        held = (slot, seed, parameters.partition, parameters.region_partition)
+        """Training and validation examples: of the client's slot, kept until that changes, or its
+        own, kept for the run."""
+        parameters = job.model.meta.hyperparameters
+        held = (
+            job.slot or job.run,
+            parameters.seed,
+            parameters.partition,
+            parameters.region_partition,
+        )
         key, data = self._data.get(job.client, (None, None))
         if data is None or key != held:
-            labels = task.training_labels()
-            mine = slot_indices(
-                labels,
-                task.training_groups(),
-                slot=slot.slot,
-                slots=slot.slots,
-                region_index=slot.region_index,
-                regions=slot.regions,
-                seed=seed,
-                partition=parameters.partition,
-                region_partition=parameters.region_partition,
-            )
-            kept, validation = split_validation(
-                mine,
-                labels,
-                self._settings.validation_fraction,
-                round_seed(seed, 0, global_slot(slot.region_index, slot.slot)),
-            )
-            data = (task.training_data(kept), task.training_data(validation))
+            data = self._dealt(task, job, job.slot) if job.slot else self._own(task, job)
             self._data[job.client] = (held, data)
-            log.info(
-                "data_slot",
-                client=job.client,
-                slot=f"{slot.slot} of {slot.slots}",
-                region=f"{slot.region_index} of {slot.regions}",
-                training=len(kept),
-                validation=len(validation),
-            )
         return data
+
+    def _dealt(self, task: Any, job: Job, slot: Slot) -> tuple[Any, Any]:
+        from fedfog.ml.training import round_seed, split_validation
+
+        parameters = job.model.meta.hyperparameters
+        labels = task.training_labels()
+        mine = slot_indices(
+            labels,
+            task.training_groups(),
+            slot=slot.slot,
+            slots=slot.slots,
+            region_index=slot.region_index,
+            regions=slot.regions,
+            seed=parameters.seed,
+            partition=parameters.partition,
+            region_partition=parameters.region_partition,
+        )
+        kept, validation = split_validation(
+            mine,
+            labels,
+            self._settings.validation_fraction,
+            round_seed(parameters.seed, 0, self._stream(job)),
+        )
+        log.info(
+            "data_slot",
+            client=job.client,
+            slot=f"{slot.slot} of {slot.slots}",
+            region=f"{slot.region_index} of {slot.regions}",
+            training=len(kept),
+            validation=len(validation),
+        )
+        return task.training_data(kept), task.training_data(validation)
+
+    def _own(self, task: Any, job: Job) -> tuple[Any, Any]:
+        from torch.utils.data import TensorDataset
+
+        from fedfog.ml.own_data import load
+        from fedfog.ml.task import DataError
+        from fedfog.ml.training import round_seed, split_validation
+
+        path = str(self._settings.client_data).replace("{client}", job.client)
+        path = path.replace("{region}", self._settings.region)
+        try:
+            tensors = load(task, Path(path)).tensors
+        except DataError as error:  # of this client alone
+            raise ServiceError(f"CLIENT_DATA: {error}") from error
+        labels = tensors[1].numpy()
+        kept, validation = split_validation(
+            np.arange(len(labels)),
+            labels,
+            self._settings.validation_fraction,
+            round_seed(job.model.meta.hyperparameters.seed, 0, self._stream(job)),
+        )
+        log.info(
+            "own_data",
+            client=job.client,
+            path=path,
+            training=len(kept),
+            validation=len(validation),
+        )
+        train, validate = (TensorDataset(*(t[r] for t in tensors)) for r in (kept, validation))
+        return train, validate
+
+
+def _told(loss: float) -> float | None:
+    """A loss as messages have it."""
+    return loss if abs(loss) <= MAX_LOSS else None

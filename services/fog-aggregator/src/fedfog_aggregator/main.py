@@ -8,6 +8,7 @@ import structlog
 
 from fedfog import service
 from fedfog.core import participation, rounds
+from fedfog.core.metrics import Federated
 from fedfog.core.phases import Phase
 from fedfog.core.quota import Quota
 from fedfog.core.robust import Updates
@@ -24,7 +25,9 @@ from fedfog.messages.codec import (
     encode_header,
 )
 from fedfog.messages.schemas import (
+    MAX_LOSS,
     ClientMetrics,
+    FederatedEvaluation,
     ModelMeta,
     PartialMeta,
     Presence,
@@ -281,7 +284,14 @@ class Aggregator:
                     Receipt(verdict=Verdict.REJECTED, reason=str(error)[:200], boot=self._boot),
                 )
             return []
-        metrics = meta.metrics.model_dump(exclude_none=True)
+        told, federated = meta.metrics, None
+        if told.validation_examples is not None and told.validation_accuracy is not None:
+            federated = Federated.of(
+                f"{self._region}/{client}",
+                told.validation_examples,
+                told.validation_loss,
+                told.validation_accuracy,
+            )
         return [
             rounds.UpdateArrived(
                 meta.run,
@@ -290,7 +300,8 @@ class Aggregator:
                 meta.base_digest,
                 meta.num_examples,
                 update.vector,
-                metrics,
+                {"train_loss": told.train_loss},
+                federated=federated,
             )
         ]
 
@@ -307,8 +318,9 @@ class Aggregator:
             meta.base_digest or "",
             meta.num_examples,
             partial.vector,
-            meta.metrics.model_dump(exclude_none=True),
+            {"train_loss": meta.metrics.train_loss},
             meta.num_clients,
+            FederatedEvaluation.told(meta.federated),
         )
 
     # From actions to messages
@@ -405,7 +417,11 @@ class Aggregator:
             num_examples=commit.total.weight,
             members=members,
             left_out=dict(commit.left_out),
-            metrics=ClientMetrics(**commit.metrics),
+            # A mean of values at the bound may be beyond it, by rounding.
+            metrics=ClientMetrics(
+                train_loss=min(max(commit.metrics["train_loss"], -MAX_LOSS), MAX_LOSS)
+            ),
+            federated=FederatedEvaluation.of(commit.federated),
             base_digest=commit.base_digest,
             aggregation=self._settings.aggregation,
             suspicious=suspicious,

@@ -145,11 +145,13 @@ def _update(meta: schemas.UpdateMeta) -> str:
 
 
 def _partial(meta: schemas.PartialMeta) -> str:
-    return (
+    parts = [
         f"partial of round {meta.round}, run {meta.run}: {meta.num_examples:,} examples of "
-        f"{_count(meta.num_clients, 'client')}: {_list(meta.members)}; {_metrics(meta.metrics)}"
-        f"{_named('left out', meta.left_out)}{_named('suspicious', meta.suspicious)}"
-    )
+        f"{_count(meta.num_clients, 'client')}: {_list(meta.members)}; {_metrics(meta.metrics)}",
+        _federated(meta.federated),
+    ]
+    named = _named("left out", meta.left_out) + _named("suspicious", meta.suspicious)
+    return "; ".join(filter(None, parts)) + named
 
 
 def _receipt(meta: schemas.Receipt) -> str:
@@ -206,12 +208,21 @@ def _bell(meta: schemas.Bell) -> str:
     return f"{meta.region}'s reply is in the SuperLink (message {_printable(meta.message_id)[:12]})"
 
 
+def _client_evaluation(meta: schemas.ClientEvaluation) -> str:
+    loss = "not finite" if meta.loss is None else f"{meta.loss:.4f}"
+    return (
+        f"finished model {meta.round}, run {meta.run}: accuracy {meta.accuracy:.4f}, loss {loss} "
+        f"on {_count(meta.num_examples, 'validation example')}"
+    )
+
+
 def _round(meta: schemas.RoundRecord) -> str:
     parts = [
         f"round {meta.round}, run {meta.run}: {_count(len(meta.regions), 'region')}, "
         f"{_count(meta.num_clients, 'client')}, {meta.num_examples:,} examples",
         "" if meta.train_loss is None else f"train loss {meta.train_loss:.4f}",
         _evaluation(meta.evaluation) if meta.evaluation else "not evaluated",
+        _federated(meta.federated),
     ]
     named = _named("left out", meta.left_out) + _named("suspicious", meta.suspicious)
     return "; ".join(filter(None, parts)) + named
@@ -230,6 +241,7 @@ _FORMATS: Mapping[type[schemas.Payload], Callable[[Any], str]] = {
     schemas.Bridge: _bridge,
     schemas.Cue: _cue,
     schemas.Bell: _bell,
+    schemas.ClientEvaluation: _client_evaluation,
     schemas.RoundRecord: _round,
 }
 
@@ -244,8 +256,18 @@ def _evaluation(evaluation: schemas.Evaluation) -> str:
     )
 
 
+def _federated(evaluation: schemas.FederatedEvaluation | None) -> str:
+    """Metrics of a model on the clients' own examples."""
+    if evaluation is None:
+        return ""
+    return (
+        f"{_count(evaluation.num_clients, 'client')} found its accuracy {evaluation.accuracy:.4f}, "
+        f"at worst {evaluation.worst_accuracy:.4f} ({evaluation.worst_client})"
+    )
+
+
 def _metrics(metrics: schemas.ClientMetrics) -> str:
-    told = metrics.model_dump(exclude_none=True)
+    told = metrics.model_dump(exclude_none=True, exclude={"validation_examples"})
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in told.items())
 
 

@@ -18,6 +18,7 @@ from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import Strategy
 
 from fedfog.core.aggregation import WeightedSum
+from fedfog.core.metrics import merge
 from fedfog.core.robust import Rule, Updates
 from fedfog.flower.grid import FogGrid, train_message
 from fedfog.flower.reply import group_id, unpack
@@ -29,7 +30,7 @@ from fedfog.messages.codec import (
     decode,
     digest_of,
 )
-from fedfog.messages.schemas import PartialMeta, RoundRecord
+from fedfog.messages.schemas import FederatedEvaluation, PartialMeta, RoundRecord
 
 log = structlog.get_logger()
 
@@ -254,6 +255,7 @@ class FogStrategy(Strategy):
         num_examples = sum(meta.num_examples for meta in regions.values())
         loss = sum(meta.num_examples * meta.metrics.train_loss for meta in regions.values())
         loss /= num_examples
+        federated = merge(*(FederatedEvaluation.told(meta.federated) for meta in regions.values()))
         suspicious: dict[str, str] = {}
         if updates is not None:
             suspicious = self._suspicious(number, list(regions), updates)
@@ -271,6 +273,7 @@ class FogStrategy(Strategy):
             num_clients=sum(meta.num_clients for meta in regions.values()),
             num_examples=num_examples,
             train_loss=loss,
+            federated=FederatedEvaluation.of(federated),
             seconds=self._seconds,
         )
         self._on_model(GlobalModel(number, vector, record))

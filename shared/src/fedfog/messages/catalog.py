@@ -75,6 +75,7 @@ CHANNELS = (
     ),
     Channel("cue", 0, schemas.Cue, "central-server", "bridges"),
     Channel("bell", 0, schemas.Bell, "bridge", "central-server"),
+    Channel("evaluation", 2, schemas.ClientEvaluation, "client", "central-server", retained=True),
     Channel("history", 0, schemas.RoundRecord, "central-server", "monitor"),
 )
 

@@ -1,10 +1,12 @@
 """Fields of every message. A message that does not fit its schema is refused, never guessed at."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from fedfog.core.metrics import Federated
 from fedfog.core.partition import parse
 from fedfog.core.phases import Phase
 from fedfog.messages.topics import NAME_PATTERN
@@ -18,7 +20,9 @@ Boot = Annotated[
     int, Field(ge=0, lt=2**63, description="boot id of the sender: later ones are higher")
 ]
 Seconds = Annotated[float, Field(ge=0)]
-Loss = Annotated[float, Field(ge=-1e30, le=1e30)]  # times all Examples it is still finite
+MAX_LOSS = 1e30  # times all Examples it is still finite
+Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
+_NAME = NAME_PATTERN.strip("^$")
 LARGE = 1 << 20  # bytes of fields that grow with the number of clients
 
 
@@ -118,7 +122,39 @@ class Evaluation(BaseModel):
         ge=0, le=1, description="none if the examples or the scores do not define it"
     )
     macro_f1: float = Field(ge=0, le=1, description="mean of the classes' F1")
+    ece: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="expected calibration error, 15 bins; none if the scores are not finite",
+    )
     confusion_matrix: list[list[int]] = Field(description="rows: true class, columns: predicted")
+
+
+class FederatedEvaluation(BaseModel):
+    """How a global model does on its clients' own validation examples, as these say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    num_clients: int = Field(ge=1, le=10**20, description="clients that evaluated it")
+    num_examples: int = Field(ge=1, le=10**20, description="their validation examples")
+    loss: Loss | None = Field(description="weighted by examples; none if one is not finite")
+    accuracy: float = Field(ge=0, le=1, description="weighted by examples")
+    mean_accuracy: float = Field(ge=0, le=1, description="each client counted once")
+    std_accuracy: float = Field(ge=0, le=1, description="between the clients")
+    worst_accuracy: float = Field(ge=0, le=1, description="of the worst client")
+    worst_client: str = Field(
+        pattern=rf"^{_NAME}/{_NAME}$", description="`region/client`; of equals the first by name"
+    )
+    best_accuracy: float = Field(ge=0, le=1, description="of the best client")
+
+    @classmethod
+    def of(cls, told: Federated | None) -> "FederatedEvaluation | None":
+        return cls(**asdict(told)) if told else None
+
+    @staticmethod
+    def told(evaluation: "FederatedEvaluation | None") -> Federated | None:
+        return Federated(**evaluation.model_dump()) if evaluation else None
 
 
 class RegionShare(BaseModel):
@@ -164,10 +200,13 @@ class ClientMetrics(BaseModel):
 
     train_loss: Loss = Field(description="mean over the last local epoch")
     validation_loss: Loss | None = Field(
-        default=None, description="of the received model, before training"
+        default=None, description="of the received model, before training; none if not finite"
     )
     validation_accuracy: float | None = Field(
         default=None, ge=0, le=1, description="of the received model, before training"
+    )
+    validation_examples: Examples | None = Field(
+        default=None, description="that these two are of; none without a validation split"
     )
 
 
@@ -214,12 +253,23 @@ class PartialMeta(Payload):
     base_digest: Digest | None = Field(
         default=None, description="digest of the global model trained from"
     )
-    metrics: ClientMetrics = Field(description="means over the members, weighted by examples")
+    metrics: ClientMetrics = Field(
+        description="only `train_loss`: mean over the members, weighted by examples"
+    )
+    federated: FederatedEvaluation | None = Field(
+        default=None, description="of the global model that the round began with, by the members"
+    )
     aggregation: str = Field("fedavg", description="rule that made it of the updates")
     suspicious: dict[Name, str] = Field(
         default_factory=dict, description="members that the rule left out or damped, and why"
     )
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
+
+    @model_validator(mode="after")
+    def _of_its_clients(self) -> "PartialMeta":
+        if self.federated and self.federated.num_clients > self.num_clients:
+            raise ValueError("more clients have evaluated than there are")
+        return self
 
     @property
     def id(self) -> str:
@@ -345,6 +395,16 @@ class Bell(Payload):
     message_id: str = Field(description="Flower's id of the message that was answered")
 
 
+class ClientEvaluation(Payload):
+    """How a run's finished model does on one client's validation examples."""
+
+    run: RunId
+    round: Round = Field(description="completed rounds of the model")
+    num_examples: Examples = Field(description="number of validation examples")
+    loss: Loss | None = Field(description="none if it is not finite")
+    accuracy: float = Field(ge=0, le=1, description="share of right answers")
+
+
 class RoundRecord(Payload):
     """One line of a run's history: what went into model `round`, and how good it is."""
 
@@ -366,4 +426,8 @@ class RoundRecord(Payload):
         default=None, description="mean over the regions, weighted by examples"
     )
     evaluation: Evaluation | None = Field(default=None, description="of the model of this round")
+    federated: FederatedEvaluation | None = Field(
+        default=None,
+        description="of the model of the round before: the clients evaluate what they train from",
+    )
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")

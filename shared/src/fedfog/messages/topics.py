@@ -47,6 +47,9 @@ class Topics:
         """A client's own receipts or, without a client, those for a whole region."""
         return f"{self.prefix}/receipts/{region}" + (f"/{client}" if client else "")
 
+    def evaluation(self, region: str, client: str) -> str:
+        return f"{self.prefix}/evaluations/{region}/{client}"
+
     def slot(self, region: str, client: str) -> str:
         return f"{self.prefix}/slots/{region}/{client}"
 

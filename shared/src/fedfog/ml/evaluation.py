@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fedfog.ml.task import Task
 
+CALIBRATION_BINS = 15
 _BATCH = 512  # bounds the memory of the activations, not the result
 
 
@@ -26,12 +27,14 @@ class Metrics:
 class FullMetrics(Metrics):
     """Metrics that also do justice to rare classes.
 
-    `auroc` is one-vs-rest, averaged over the classes that occur; None if only one does or if the
-    scores are not finite. Rows of `confusion_matrix` are true classes, columns predicted ones.
+    `auroc` is one-vs-rest, averaged over the classes that occur; None if only one does. `ece` is
+    the expected calibration error. Both are None if the scores are not finite. Rows of
+    `confusion_matrix` are true classes, columns predicted ones.
     """
 
     auroc: float | None
     macro_f1: float
+    ece: float | None
     confusion_matrix: list[list[int]]
 
 
@@ -53,15 +56,27 @@ def evaluate_full(task: Task, model: nn.Module, dataset: TensorDataset) -> FullM
     matrix = np.bincount(true * classes + predicted, minlength=classes**2)
     matrix = matrix.reshape(classes, classes)
     occurring = np.unique(true)
-    auroc = None
-    if len(occurring) > 1 and np.isfinite(scores).all():
-        auroc = float(np.mean([_auroc(scores[:, c], true == c) for c in occurring]))
+    auroc = ece = None
+    if np.isfinite(scores).all():
+        confidence = logits.double().softmax(1).amax(1).numpy()
+        ece = _calibration_error(confidence, predicted == true)
+        if len(occurring) > 1:
+            auroc = float(np.mean([_auroc(scores[:, c], true == c) for c in occurring]))
     return FullMetrics(
         **asdict(_metrics(task, outputs, targets)),
         auroc=auroc,
         macro_f1=_macro_f1(matrix),
+        ece=ece,
         confusion_matrix=matrix.tolist(),
     )
+
+
+def _calibration_error(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error: how far the confidence of answers (n,) is from the share of
+    right ones, mean over bins of equal width weighted by their examples (Guo et al. 2017,
+    arXiv:1706.04599)."""
+    bins = np.ceil(confidence * CALIBRATION_BINS).astype(int)
+    return float(np.abs(np.bincount(bins, weights=right - confidence)).sum() / len(right))
 
 
 # The two below are scikit-learn's, and are tested against it; imported for them, it took 85 MB of
