@@ -10,6 +10,7 @@ import structlog
 
 import fedfog
 from fedfog.core import participation as core
+from fedfog.core.phases import Phase
 from fedfog.files import next_boot
 from fedfog.logs import Step
 from fedfog.messages.codec import (
@@ -89,7 +90,9 @@ class Client:
             self._outbox.clear()
             left = None
         self._core = core.Participation(
-            random.Random(), outbox=(left.run, left.round) if left else None
+            random.Random(),
+            settings.client_data is not None,
+            outbox=(left.run, left.round) if left else None,
         )
         self._model: TensorMessage[ModelMeta] | None = None
         self._slot: Slot | None = None
@@ -166,6 +169,8 @@ class Client:
             return core.SlotDealt(slot.run, slot.slot)
         if topic == topics.status(region):
             status = decode_json(payload, Status)
+            if status.phase is Phase.STARVING and status.round == self._core.round:
+                self._trainer.recall(self.id)
             return core.AggregatorSeen(status.boot) if status.online else None
         if topic == topics.receipts(region):
             closed = decode_json(payload, RegionReceipt)
@@ -231,8 +236,9 @@ class Client:
                     topic = self._topics.presence(self._region, self.id)
                     self.session.publish(topic, self._presence(online=True), retain=True)
                 case core.Train(run, round_):
-                    assert self._model is not None and self._slot is not None
-                    self._trainer.submit(Job(self.id, run, round_, self._model, self._slot))
+                    assert self._model is not None and (self._core.own_data or self._slot)
+                    slot = None if self._core.own_data else self._slot
+                    self._trainer.submit(Job(self.id, run, round_, self._model, slot))
                 case core.CancelTraining():
                     self._trainer.cancel(self.id)
                 case core.Send(run, round_, attempt, why):
@@ -270,5 +276,6 @@ class Client:
             online=online,
             boot=self._boot,
             slot=self._core.current_slot,
+            own_data=self._core.own_data,
             version=fedfog.__version__,
         ).to_json()
