@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from fedfog.control import ControlError
 from fedfog_enrolment import http, pki
 from fedfog_enrolment.ca import CA, EARLY, common_name, key_pem, new_key, pem
 from halting import Halt
@@ -130,6 +131,18 @@ def test_a_name_is_taken_until_it_is_revoked_and_belongs_to_a_region(office: Off
     assert office.join(token, new_key(), "taken")[0] == 409
     assert office.unused()[-1] == "2 of 2"
     assert office.device("taken", office.token("r1")).name == "r1/taken"
+
+
+def test_a_region_with_regions_below_it_has_no_clients(offices: Offices) -> None:
+    office = offices(region_parents="r1=r0")
+    with pytest.raises(ControlError, match="has regions below it"):
+        office.token("r0")
+    first = (office.pki / "join" / "r0.token").read_text()
+    before = office.unused()
+    status, answer = office.join(first, new_key())
+    assert (status, office.unused()) == (403, before)
+    assert "has regions below it" in answer["error"]
+    assert office.device("", office.token("r1")).name.startswith("r1/")
 
 
 @pytest.mark.parametrize(

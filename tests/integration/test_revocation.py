@@ -1,6 +1,7 @@
 """A revoked client is out at once, although it has a live session: enrolment, guard and broker."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import pytest
 from conftest import Service
 from fedfog.cli.broker import installed_mosquitto
 from fedfog.control import ControlError
-from fedfog_enrolment.ca import new_key
-from office import Device, Office
+from fedfog_enrolment import pki
+from fedfog_enrolment.ca import load_certificate, new_key
+from office import REGIONS, Device, Office
 from secured import NOT_AUTHORIZED, Holder, shipped_broker
 
 
@@ -97,22 +99,50 @@ def test_a_revoked_client_is_cut_off_and_stays_out(fleet: Fleet) -> None:
         fleet.enter(thief)
 
 
-def test_a_revocation_is_kept_until_there_is_a_guard(fleet: Fleet) -> None:
-    device = fleet.device("c1")
-    session = fleet.enter(device)
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_revocation_is_kept_until_there_is_a_guard(fleet: Fleet, killed: bool) -> None:
+    device, other = fleet.device("c1"), fleet.device("c2")
+    session, honest = fleet.enter(device), fleet.enter(other)
     with pytest.raises(ControlError, match=r"Not done, or not wholly.*no guard answers"):
         fleet.ask("revoke client", "r0/c1")
     assert device.renew(new_key())[0] == 403
     assert sends(session, device)
-    # Neither needs the other to be there before it.
-    fleet.service.kill()
-    fleet.start(mqtt_broker="localhost", mqtt_port=fleet.broker.port)
-    fleet.service.wait_for_log("revocations_not_in_force")
+    if killed:  # neither needs the other to be there before it
+        fleet.service.kill()
+        fleet.start(mqtt_broker="localhost", mqtt_port=fleet.broker.port)
+        fleet.service.wait_for_log("revocations_not_in_force")
     guard = fleet.start_guard().guard
     assert guard is not None
     guard.wait_for_log('"revoked": 2')  # the guard's own probe, and this one
+    session.until(lambda: session.disconnected)
     with pytest.raises(OSError):
         fleet.enter(device)
+    assert sends(honest, other)
+
+
+def test_a_stolen_bridge_is_cut_off_and_the_region_gets_a_new_one(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.start_guard()
+    bridge = fleet.pki / "bridge.r0"
+    stolen = shutil.copytree(bridge, tmp_path / "stolen")
+    key = (fleet.pki / "superlink" / "bridge.r0.pub").read_bytes()
+    session, other = (Holder(fleet.broker.port, one) for one in (stolen, fleet.pki / "bridge.r1"))
+    with pytest.raises(ControlError, match="There is no service"):
+        fleet.ask("revoke client", "bridge.r9")
+    fleet.ask("revoke client", "bridge.r0")
+    session.until(lambda: session.disconnected)
+    with pytest.raises(OSError):
+        Holder(fleet.broker.port, stolen)
+    serial = load_certificate(stolen / "tls.crt").serial_number
+    assert serial in fleet.ca.revoked(fleet.pki / "crl" / "ca.crl"), "nginx does not know"
+    other.catch_up()
+
+    pki.ensure(fleet.pki, REGIONS)
+    Holder(fleet.broker.port, bridge).catch_up()
+    assert (fleet.pki / "superlink" / "bridge.r0.pub").read_bytes() != key
+    with pytest.raises(OSError):
+        Holder(fleet.broker.port, stolen)
 
 
 def test_a_new_region_is_known_to_the_broker_when_enrolment_starts(fleet: Fleet) -> None:

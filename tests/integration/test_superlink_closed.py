@@ -44,6 +44,7 @@ class Gate:
             ("listen 8443 ssl", f"listen {self.address} ssl"),
             ("server central-server:8080;", f"server {upstream};"),
             (" /pki/", f" {pki}/nginx/"),
+            (" /crl/", f" {pki}/crl/"),
         ):
             assert one in text
             text = text.replace(one, other)
@@ -104,7 +105,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certify(ca, folder / "more" / "expired", "bridge.region_0", seconds=-1)
     certify(ca, folder / "more" / "server", "bridge.region_0", server_names=["localhost"])
     revoked = certify(ca, folder / "more" / "revoked", "bridge.region_0")
-    (folder / "nginx" / "ca.crl").write_bytes(ca.crl([serial(revoked)]))
+    (folder / "crl" / "ca.crl").write_bytes(ca.crl([serial(revoked)]))
     (folder / "foreign" / "ca").mkdir(parents=True)
     certify(CA.create(folder / "foreign" / "ca"), folder / "more" / "foreign", "bridge.region_0")
     return folder
@@ -290,7 +291,8 @@ def test_an_object_may_be_large(gate: Gate, pki: Path) -> None:
 def test_a_bridge_that_is_revoked_is_refused_after_a_reload(
     pki: Path, superlink: SuperLink, tmp_path: Path
 ) -> None:
-    crl = shutil.copytree(pki / "nginx", tmp_path / "nginx") / "ca.crl"
+    shutil.copytree(pki / "nginx", tmp_path / "nginx")
+    crl = shutil.copytree(pki / "crl", tmp_path / "crl") / "ca.crl"
     bridge = pki / "bridge.region_0"
     gate = Gate(tmp_path / "gate", tmp_path, superlink.address).start()
     try:
@@ -308,7 +310,8 @@ def test_without_a_list_of_the_revoked_nginx_does_not_start(
 ) -> None:
     """And at a reload it stays with the list that it has (nginx(8): the configuration is checked
     before it is taken over)."""
-    folder = shutil.copytree(pki / "nginx", tmp_path / "nginx")
+    shutil.copytree(pki / "nginx", tmp_path / "nginx")
+    folder = shutil.copytree(pki / "crl", tmp_path / "crl")
     gate = Gate(tmp_path / "gate", tmp_path, "127.0.0.1:1")
     assert gate.check().returncode == 0, gate.check().stderr
     (folder / "ca.crl").unlink()

@@ -118,6 +118,7 @@ def test_a_new_region_leaves_the_others_alone(tmp_path: Path) -> None:
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {
         "aggregator.r2",
         "bridge.r2",
+        "ca",
         "client.r2",
         "join",
         "superlink",
@@ -151,7 +152,7 @@ def test_a_ca_that_the_user_brought_is_used(tmp_path: Path) -> None:
     user = CA.create(tmp_path / "ca")
     before = contents(tmp_path / "ca")
     assert pki.ensure(tmp_path, REGIONS).certificate == user.certificate
-    assert contents(tmp_path / "ca") == before
+    assert before.items() <= contents(tmp_path / "ca").items()
     assert user.issued(load_certificate(tmp_path / "broker" / "tls.crt"))
 
 

@@ -72,7 +72,7 @@ class Answer(BaseModel):
 
 
 class IdentityCommand(BaseModel):
-    """A command to enrolment; `subject` is a region, a token's id or a client's `region/client`."""
+    """A command to enrolment; `subject` is a region, a token's id, or the name in a certificate."""
 
     model_config = ConfigDict(extra="forbid")
 

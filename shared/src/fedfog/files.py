@@ -16,7 +16,7 @@ def write_atomically(path: Path, *data: bytes, mode: int = 0o666, owner: int = -
 
     Args:
         mode: of the file, less the umask; 0o600 for a secret.
-        owner: user id of the file; -1: this process's.
+        owner: user and group id of the file; -1: this process's.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; it names `path`.
@@ -24,7 +24,7 @@ def write_atomically(path: Path, *data: bytes, mode: int = 0o666, owner: int = -
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
-            os.fchown(file.fileno(), owner, -1)
+            os.fchown(file.fileno(), owner, owner)
             file.writelines(data)
             file.flush()
             os.fsync(file.fileno())

@@ -87,7 +87,13 @@ class Enrolment:
         return self._registry.renew(serial, key_hash(key), self._signer(key))
 
     def _signer(self, key: ec.EllipticCurvePublicKey) -> Callable[[str], x509.Certificate]:
-        return lambda name: self._ca.sign(key, name, self._settings.cert_seconds)
+        def sign(name: str) -> x509.Certificate:
+            region = name.partition("/")[0]
+            if region in self._settings.parents.values():
+                raise RefusedError(HTTPStatus.FORBIDDEN, no_clients(region))
+            return self._ca.sign(key, name, self._settings.cert_seconds)
+
+        return sign
 
     def _learn_tokens(self) -> None:
         """Take in what fedfog-pki has made, which may be while we run."""
@@ -99,6 +105,10 @@ class Enrolment:
             expires = path.stat().st_mtime + seconds
             self._registry.learn_token(path.read_text().strip(), path.stem, uses, expires)
         self._tokens_of = changed
+
+
+def no_clients(region: str) -> str:
+    return f"{region} has regions below it (REGION_PARENTS), and clients join those"
 
 
 def _parsed(kind: type[Q], body: bytes) -> Q:

@@ -1,6 +1,7 @@
-"""What the broker has to know of revocations, and how a revoked client's session is cut."""
+"""What the broker and nginx have to know of revocations, and how a revoked session is cut."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,29 +21,38 @@ LOOP_SECONDS = 0.02
 
 
 class Lists:
-    """The broker's lists, made of the registry and put into force by the guard."""
+    """The lists, made of the registry. The broker's are put into force by its guard; nginx looks
+    for its own."""
 
     def __init__(self, settings: EnrolmentSettings, ca: CA, registry: Registry) -> None:
         self._settings, self._ca, self._registry = settings, ca, registry
         self._in_force: frozenset[int] | None = None
+        self._to_cut = registry.shut_out()
 
-    def put_in_force(self) -> None:
-        """Have the broker know all revocations; the first time, also all regions.
+    def put_in_force(self, to_cut: Iterable[str] = ()) -> None:
+        """Have it known who is revoked, and the first time, which regions there are. Then end the
+        sessions of `to_cut`, and those that could not be ended before.
 
         Raises:
             GuardError, CAError, RegistryError: they are not in force.
+            OSError: the list for nginx cannot be written, or the broker is not reached.
         """
+        self._to_cut.update(to_cut)
         settings, first = self._settings, self._in_force is None
         listed = self._ca.revoked(settings.pki_dir / "broker" / "ca.crl")
         revoked = listed | self._registry.revoked()
-        if revoked == listed == self._in_force:
-            return
-        access = acl(settings.region_list, settings.topics, settings.parents) if first else None
-        guard.install(settings.guard_socket, self._ca.crl(revoked), access)
-        self._in_force = revoked
+        if not revoked == listed == self._in_force:
+            access = acl(settings.region_list, settings.topics, settings.parents) if first else None
+            crl = self._ca.crl(revoked)
+            write_atomically(settings.pki_dir / "crl" / "ca.crl", crl, mode=0o644)
+            guard.install(settings.guard_socket, crl, access)
+            self._in_force = revoked
+        for name in sorted(self._to_cut):
+            self._cut(name)
+            self._to_cut.remove(name)
 
-    def cut(self, name: str) -> None:
-        """End a revoked client's session: the broker looks at its list when somebody connects, and
+    def _cut(self, name: str) -> None:
+        """End a revoked session: the broker looks at its list when somebody connects, and
         gives the session to whoever connects last under a name. Here that is us, once.
 
         Raises:

@@ -1,5 +1,6 @@
 """Entry point of the enrolment service."""
 
+import glob
 import queue
 import shutil
 import tempfile
@@ -15,8 +16,8 @@ from fedfog import service
 from fedfog.control import Asked, Control, IdentityAnswer, IdentityCommand, identity_command
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.settings import EnrolmentSettings, load
-from fedfog_enrolment.ca import CA
-from fedfog_enrolment.http import Enrolment, Server
+from fedfog_enrolment.ca import CA, load_certificate
+from fedfog_enrolment.http import Enrolment, Server, no_clients
 from fedfog_enrolment.lists import Lists
 from fedfog_enrolment.registry import Registry
 
@@ -24,21 +25,19 @@ log = structlog.get_logger()
 
 
 class Office:
-    """Does what the operator asks for.
+    """Does what the operator asks for."""
 
-    Args:
-        regions: that a token may be for.
-    """
-
-    def __init__(self, registry: Registry, lists: Lists, regions: list[str]) -> None:
-        self._registry, self._lists, self._regions = registry, lists, regions
+    def __init__(self, registry: Registry, lists: Lists, settings: EnrolmentSettings) -> None:
+        self._registry, self._lists, self._settings = registry, lists, settings
 
     def answer(self, asked: IdentityCommand) -> IdentityAnswer:
         """Raises ServiceError or OSError: it cannot be done, or not wholly."""
         match asked.kind:
             case "create token":
-                if asked.subject not in self._regions:
+                if asked.subject not in self._settings.region_list:
                     return IdentityAnswer(refused=f"{asked.subject} is not one of REGIONS")
+                if asked.subject in self._settings.parents.values():
+                    return IdentityAnswer(refused=no_clients(asked.subject))
                 until = time.time() + asked.hours * 3600
                 token = self._registry.create_token(asked.subject, asked.uses, until)
                 log.info("token_created", region=asked.subject, uses=asked.uses)
@@ -56,7 +55,8 @@ class Office:
                     ]
                 )
             case "revoke client":
-                return self._revoke_client(asked.subject)
+                revoke = self._revoke_client if "/" in asked.subject else self._revoke_service
+                return revoke(asked.subject)
             case "clients":
                 return IdentityAnswer(
                     rows=[
@@ -70,12 +70,24 @@ class Office:
         token = self._registry.revoke_client(name)
         if token is None:
             return IdentityAnswer(refused=f"There is no client {name}: see `fedfog client list`.")
-        self._lists.put_in_force()
-        self._lists.cut(name)
+        self._lists.put_in_force([name])
         log.info("client_revoked", name=name, seconds=round(time.monotonic() - began, 3))
         return IdentityAnswer(
             note=f"It joined with token {token}. Whoever has that, too, can join under a new name "
             f"as long as it is valid: `fedfog token revoke {token}`"
+        )
+
+    def _revoke_service(self, name: str) -> IdentityAnswer:
+        paths = (self._settings.pki_dir / "ca").glob(f"{glob.escape(name)}.*.crt")
+        certificates = [load_certificate(path) for path in paths]
+        if not certificates:
+            return IdentityAnswer(refused=f"There is no service {name}, and no client without a /.")
+        self._registry.revoke_service(name, certificates)
+        self._lists.put_in_force([name])
+        log.info("service_revoked", name=name, certificates=len(certificates))
+        return IdentityAnswer(
+            note="fedfog-pki makes it a new certificate at its next start, and a bridge a new key, "
+            "which the central server admits at its next start."
         )
 
 
@@ -97,7 +109,7 @@ def serve(settings: EnrolmentSettings) -> int:
     ca = CA.load(pki / "ca")
     registry = Registry(pki / "ca" / "enrolment.db")
     lists = Lists(settings, ca, registry)
-    office = Office(registry, lists, settings.region_list)
+    office = Office(registry, lists, settings)
     enrolment = Enrolment(ca, registry, settings)
     folder = Path(tempfile.mkdtemp(prefix="fedfog-"))  # mode 0700
     address = settings.enrolment_host, settings.enrolment_port
@@ -133,7 +145,7 @@ def serve(settings: EnrolmentSettings) -> int:
 def _try_to_put_in_force(lists: Lists) -> None:
     try:
         lists.put_in_force()
-    except service.ServiceError as error:  # the broker may come later
+    except (service.ServiceError, OSError) as error:  # the broker may come later
         log.warning("revocations_not_in_force", reason=str(error))
 
 

@@ -2,7 +2,8 @@
 
 Each reader has a folder in PKI_DIR, so that it can be given that folder alone:
 `<reader>/{ca.crt,tls.crt,tls.key}`; `broker/` also has the lists `acl` and `ca.crl` and the pipe
-for its guard's signals, `nginx/` has `ca.crl`; `bridge.<region>/supernode.key` is the bridge's key
+for its guard's signals; `crl/ca.crl`, for nginx, is enrolment's to renew, and `ca/` keeps a copy of
+each service's certificate, to revoke it by; `bridge.<region>/supernode.key` is the bridge's key
 at the SuperLink, whose public half is in `superlink/bridge.<region>.pub` (both as OpenSSH writes
 them); `ca/` is for enrolment only;
 `join/<region>.token`, for enrolment, admits the clients of a region, which start with what
@@ -78,24 +79,33 @@ def ensure(
             CA.create(folder, pki.owner("ca"))
         with pki.taken(folder / "ca.key", "ca"):
             ca = CA.load(folder)
-    clients = ["central-server", "monitor", "probe", REVOKED]
-    clients += [f"{service}.{region}" for service in ("aggregator", "bridge") for region in regions]
-    for reader in [*SERVERS, *clients]:
+    services = ["central-server", "monitor"]
+    services += [f"{role}.{region}" for role in ("aggregator", "bridge") for region in regions]
+    crl = pki_dir / "broker" / "ca.crl"
+    before = ca.revoked(crl) if crl.exists() else frozenset()
+    for reader in [*SERVERS, *services, "probe", REVOKED]:
         names = [SERVERS[reader], *server_names] if reader in SERVERS else []
+        if reader != REVOKED and _serial(pki_dir / reader) in before:
+            with pki.writing(reader) as folder:  # whoever has the one may have the other
+                (folder / "supernode.key").unlink(missing_ok=True)
+                (folder / "tls.crt").unlink()
         if _is_due(pki_dir / reader, ca, names):
             pki.certify(reader, ca, names, days)
+    for reader in services:
+        certificate = load_certificate(pki_dir / reader / "tls.crt")
+        copy = f"{reader}.{certificate.serial_number:x}.crt"
+        if ca.issued(certificate) and not (pki_dir / "ca" / copy).exists():
+            pki.write("ca", copy, pem(certificate))
     for bridge in (f"bridge.{region}" for region in regions):
         _admit_bridge(pki, pki_dir / bridge, bridge)
     _write_tokens(pki, regions, token_hours)
     for region in regions:
         pki.write(f"client.{region}", "ca.crt", pem(ca.certificate))
     pki.write("broker", "acl", acl(regions, topics, parents or {}).encode(), secret=True)
-    crl = pki_dir / "broker" / "ca.crl"
-    before = ca.revoked(crl) if crl.exists() else frozenset()
     probe = load_certificate(pki_dir / REVOKED / "tls.crt").serial_number
     if probe not in before:
         pki.write("broker", "ca.crl", ca.crl(before | {probe}))
-    pki.write("nginx", "ca.crl", crl.read_bytes())
+    pki.write("crl", "ca.crl", crl.read_bytes())
     with pki.writing("broker") as folder:
         if not (folder / "signals").exists():
             os.mkfifo(folder / "signals", 0o600)
@@ -113,8 +123,8 @@ class _Pki:
         self._folder, self._owners = folder, owners
 
     def owner(self, reader: str) -> int:
-        """User id of a reader; -1: our own. What is in `ca` and `join` is for enrolment."""
-        if reader in ("ca", "join"):
+        """User id of a reader; -1: our own. `ca`, `crl` and `join` are enrolment's."""
+        if reader in ("ca", "crl", "join"):
             reader = "enrolment"
         return self._owners.get(reader, self._owners.get("*", -1))
 
@@ -161,6 +171,12 @@ def _is_due(folder: Path, ca: CA, server_names: Sequence[str]) -> bool:
         or names_of(certificate) != set(server_names)
         or not (folder / "tls.key").exists()
     )
+
+
+def _serial(folder: Path) -> int | None:
+    """Of a reader's certificate; None: it has none yet."""
+    path = folder / "tls.crt"
+    return load_certificate(path).serial_number if path.exists() else None
 
 
 def _admit_bridge(pki: _Pki, folder: Path, reader: str) -> None:

@@ -10,7 +10,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -214,6 +214,14 @@ class Registry:
             self._db.execute("update certificate set revoked = 1 where name = ?", (name,))
         return newest.token[:12] if newest else None
 
+    def revoke_service(self, name: str, certificates: Iterable[x509.Certificate]) -> None:
+        """Revoke certificates of a service, which were not given out here."""
+        insert = "insert or ignore into certificate values (?, ?, '', '', ?, ?, null, 1)"
+        with self._transaction():
+            for one in certificates:
+                until = one.not_valid_after_utc.timestamp()
+                self._db.execute(insert, (_text(one.serial_number), name, until, pem(one)))
+
     def clients(self) -> list[tuple[str, str, float, bool]]:
         """Name, id of the token, end of the certificate, revoked."""
         select = "select name, substr(token, 1, 12), until, revoked from certificate"
@@ -227,6 +235,15 @@ class Registry:
         select = "select serial from certificate where revoked and until > ?"
         with self._transaction():
             return frozenset(int(row[0], 16) for row in self._db.execute(select, (time.time(),)))
+
+    def shut_out(self) -> set[str]:
+        """Clients that are revoked but not expired, and whose name is nobody else's now."""
+        select = (
+            "select name from certificate where revoked and until > ? and name like '%/%' except "
+            "select name from certificate where successor is null and not revoked"
+        )
+        with self._transaction():
+            return {row[0] for row in self._db.execute(select, (time.time(),))}
 
     # Rows
 

@@ -53,12 +53,18 @@ def list_clients(pki_dir: PkiDir = PKI) -> None:
 
 @client.command("revoke")
 def revoke_client(
-    name: Annotated[str, typer.Argument(metavar="REGION/CLIENT", help="see the list")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="REGION/CLIENT", help="see the list; or a service, such as bridge.region_0"
+        ),
+    ],
     pki_dir: PkiDir = PKI,
 ) -> None:
-    """Cut a client off at once, for good, and free its name."""
+    """Cut a client off at once, for good, and free its name; or a service, until the next start of
+    fedfog-pki."""
     answer = _ask(pki_dir, "revoke client", name)
-    sys.stdout.write(f"Client {name} revoked and cut off. {answer.note}\n")
+    sys.stdout.write(f"{name} revoked and cut off. {answer.note}\n")
 
 
 def _ask(
