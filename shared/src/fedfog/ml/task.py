@@ -19,6 +19,7 @@ callable that makes it from the data directory, for example the class itself::
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from torch.utils.data import TensorDataset
 BUILT_IN = {
     "ecg5000": "fedfog.ml.ecg5000:Ecg5000",
     "ecg5000-5class": "fedfog.ml.ecg5000:Ecg5000FiveClass",
+    "wesad": "fedfog.ml.wesad:Wesad",
+    "wesad-unscaled": "fedfog.ml.wesad:WesadUnscaled",
 }
 
 
@@ -129,9 +132,11 @@ def load_task(spec: str, *, data_dir: Path) -> Task:
     """Make the task that the setting TASK names.
 
     `spec` is a key of `BUILT_IN` or `package.module:attribute`, where the attribute is called with
-    `data_dir` and returns a `Task`. Raises TaskError.
+    `data_dir` and returns a `Task`; after a `?` come further arguments of the call, all of them
+    texts: `?name=value&other=value`. Raises TaskError.
     """
-    module_name, _, attribute = BUILT_IN.get(spec, spec).partition(":")
+    name, _, arguments = spec.partition("?")
+    module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
     if not module_name or not attribute:
         known = ", ".join(BUILT_IN)
         raise TaskError(f"TASK={spec} is unknown: use {known}, or package.module:attribute")
@@ -142,7 +147,13 @@ def load_task(spec: str, *, data_dir: Path) -> Task:
             f"TASK={spec} cannot be imported ({error}): install the package or put its folder "
             "on PYTHONPATH, and check the spelling of module:attribute"
         ) from error
-    task = factory(data_dir)
+    try:
+        pairs = parse_qsl(arguments, keep_blank_values=True, strict_parsing=bool(arguments))
+        task = factory(data_dir, **dict(pairs))
+    except (ValueError, TypeError) as error:
+        if not arguments:
+            raise
+        raise TaskError(f"TASK={spec}: the task does not take {arguments} ({error})") from error
     if not isinstance(task, Task):
         raise TaskError(
             f"TASK={spec} made a {type(task).__name__}: it has to return a fedfog.ml.task.Task"
