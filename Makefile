@@ -70,6 +70,6 @@ $(INSTALLED): constraints.txt shared/pyproject.toml $(SERVICES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch
-	$(PIP) --no-build-isolation --editable 'shared[evaluation,flower,cli,parquet]' \
+	$(PIP) --no-build-isolation --editable 'shared[evaluation,flower,experiments,onnx,tensorboard]' \
 		$(SERVICES:%/pyproject.toml=--editable %) $(TOOLS)
 	@touch $@
