@@ -2,7 +2,7 @@
 `summary.json`, and what they say of all runs in RUNS_DIR."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, computed_field
 
-from fedfog.messages.schemas import Evaluation, RoundRecord, RunId
+from fedfog.messages.schemas import Evaluation, FederatedEvaluation, RoundRecord, RunId
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_FILE = re.compile(r"^round-(\d{6,})\.safetensors$")
@@ -47,6 +47,21 @@ class RunInfo(BaseModel):
         return len(self.rewound)
 
 
+class FinalEvaluation(BaseModel):
+    """How the finished model does on the clients' own validation examples."""
+
+    overall: FederatedEvaluation | None = Field(description="none: no client has told")
+    regions: dict[str, FederatedEvaluation] = Field(description="those that the clients are in")
+    missing: int = Field(
+        description="clients that evaluated in the last round, and not within EVALUATION_TIMEOUT "
+        "after it"
+    )
+    missing_clients: list[str] = Field(
+        description="if any are missing, the first ten of the last round that said nothing; not "
+        "known of regions below others"
+    )
+
+
 class History(BaseModel):
     """`history.json`: what went into each model and how good it is."""
 
@@ -54,6 +69,9 @@ class History(BaseModel):
     initial: Evaluation | None = Field(None, description="of model 0")
     rewinds: list[Rewind] = []
     rounds: list[RoundRecord] = []
+    federated: FinalEvaluation | None = Field(
+        None, description="of the finished model; of the others, see the round after each"
+    )
     seconds: float = Field(0.0, description="of work on the run, pauses of the server left out")
 
 
@@ -80,6 +98,11 @@ class Summary(BaseModel):
     test_auroc: float | None
     test_macro_f1: float | None
     test_loss: float | None
+    test_ece: float | None = Field(None, description="expected calibration error")
+    best_round: int | None = Field(None, description="model of the highest test accuracy")
+    best_accuracy: float | None = None
+    federated: FinalEvaluation | None = None
+    early_stop: str = Field("", description="why the run has fewer rounds than ROUNDS")
     initial_accuracy: float | None = Field(description="of model 0")
     initial_loss: float | None
     seconds: float = Field(description="of work on the run, pauses of the server left out")
@@ -87,6 +110,24 @@ class Summary(BaseModel):
     strategy: str
     seed: int
     versions: dict[str, str]
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers of a record of the history (as JSON) by name: those of its evaluation under their
+    own, those of other parts as `seconds_push`; without the regions'."""
+    rest = {name: part for name, part in record.items() if name not in _NO_FIGURES}
+    return dict(_figures({**(record.get("evaluation") or {}), **rest}))
+
+
+_NO_FIGURES = ("schema_version", "regions", "evaluation")
+
+
+def _figures(part: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in part.items():
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{prefix}{name}_")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedfog import settings as services
-from fedfog.cli import results
+from fedfog.cli import report, results
 from fedfog.cli.demo import SIGNALS, Stopped, interrupt, obituary
 from fedfog.cli.federation import LIMITS, PATIENCE, Ended, Federation, Options
-from fedfog.cli.results import Row
+from fedfog.cli.results import PLAN, Row
 from fedfog.control import (
     PLACE,
     Answer,
@@ -50,12 +50,11 @@ from fedfog.control import (
 from fedfog.files import write_atomically
 from fedfog.messages.schemas import Training
 from fedfog.messages.topics import NAME_PATTERN
-from fedfog.runs import RunInfo, Status, Summary
+from fedfog.runs import RunInfo, Status
 from fedfog.service import EXIT_FAILED, EXIT_OK, ServiceError
 
 POLL_SECONDS = 0.2
 NAME_LENGTH = 40  # of the part that says which point of the grid it is
-PLAN = "sweep.json"
 OF_A_RUN = {"rounds", *Training.model_fields, *services.StrategySettings.model_fields}
 HOW_ONLY = {"processes", "data_dir", "secure", "broker"}  # nothing of it is in the figures
 
@@ -217,31 +216,22 @@ def run_sweep(
         plan = {
             "name": sweep.name,
             "stack": sweep.stack.model_dump(mode="json"),
+            "settings": sweep.settings,
             "axes": [*sweep.grid],
             "runs": {run.name: {**run.labels, "seed": run.seed} for run in planned},
         }
         write_atomically(folder / PLAN, json.dumps(plan, indent=1).encode())
-        missing = [run for run in planned if _status(folder / run.name) is not Status.COMPLETED]
+        missing = [run for run in planned if not results.completed(folder / run.name)]
         console.print(f"{len(planned)} runs in {folder}/, {len(missing)} to do")
         failed = _do(sweep, missing, folder, environment, console) if missing else {}
-        rows = rows_of(folder)
+        rows = results.rows_of_sweep(folder)
         results.save(rows, folder)
         write_atomically(folder / "curves.png", results.curves(rows, [*sweep.grid]))
+        report.write(folder)
     if failed:
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise SweepError(f"{len(failed)} runs failed ({told}). The same command tries them again")
     return rows
-
-
-def rows_of(folder: Path) -> list[Row]:
-    """The rows of all runs of the sweep in `folder` that are completed."""
-    plan = json.loads((folder / PLAN).read_bytes())
-    return [
-        {"run": name, **labels, **row}
-        for name, labels in plan["runs"].items()
-        if _status(folder / name) is Status.COMPLETED
-        for row in results.rows_of(folder / name)
-    ]
 
 
 def run(path: Path, runs_dir: Path) -> int:
@@ -303,15 +293,6 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise SweepError(f"Another process works on the sweep in {folder}") from error
         yield
-
-
-def _status(folder: Path) -> Status | None:
-    try:
-        return Summary.model_validate_json((folder / "summary.json").read_bytes()).status
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise SweepError(f"{folder}/summary.json is damaged: delete {folder}") from error
 
 
 def _require_same(run: Planned, sweep: Sweep, folder: Path) -> None:

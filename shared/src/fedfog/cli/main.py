@@ -150,6 +150,38 @@ def simulate(
 
 
 @app.command()
+def partition(
+    clients: Annotated[int, typer.Option(min=1, help="clients in each region")] = 3,
+    regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 1,
+    partition: Annotated[
+        str, typer.Option(envvar="PARTITION", help="of a region's part to its clients")
+    ] = "iid",
+    region_partition: Annotated[
+        str, typer.Option(envvar="REGION_PARTITION", help="of the training set to the regions")
+    ] = "iid",
+    seed: Annotated[int, typer.Option(min=0, envvar="SEED", help="of the run")] = 42,
+    task: Annotated[
+        str, typer.Option(envvar="TASK", help="ecg5000, ecg5000-5class or package.module:attribute")
+    ] = "ecg5000",
+    data_dir: Annotated[
+        Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
+    ] = Path("data"),
+    show: Annotated[bool, typer.Option("--show", help="draw it, too")] = False,
+    out: Annotated[Path, typer.Option(help="file of the picture")] = Path("partition.png"),
+) -> None:
+    """Show who holds what: the classes of each client's training examples.
+
+    A partition is iid, dirichlet:ALPHA, sizes:ALPHA, shards:K or group (docs/settings.md).
+    """
+    from fedfog.cli import partition as command
+
+    picture = out if show else None
+    raise typer.Exit(
+        command.run(clients, regions, partition, region_partition, seed, task, data_dir, picture)
+    )
+
+
+@app.command()
 def monitor(
     topic_filter: Annotated[
         list[str] | None,
@@ -279,6 +311,63 @@ def experiment(
     from fedfog.cli import experiment as command
 
     raise typer.Exit(command.run(sweep, runs_dir))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", exists=True, file_okay=False, help="of runs or sweeps"),
+    ],
+) -> None:
+    """Write report.html into the folder of a run (runs/latest) or a sweep: settings, curves,
+    confusion matrix, participation and times on one page that needs nothing else."""
+    from fedfog.cli import report as command
+
+    raise typer.Exit(command.run(folders))
+
+
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", exists=True, file_okay=False, help="folder of a run, such as runs/latest"
+    ),
+]
+DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")]
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    onnx: Annotated[Path, typer.Option(help="file to write")],
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Write a run's model as ONNX, after a check that its outputs for the test data are PyTorch's
+    to 1e-5."""
+    from fedfog.cli import export as command
+
+    raise typer.Exit(command.run(run, onnx, data_dir))
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    examples: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="one example in a line (ECG5000: 140 numbers with commas or tabs between them), "
+            "without a label or a header",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: stdout")] = None,
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Have a run's model tell class and probabilities of each line of a file, as CSV."""
+    from fedfog.cli import predict as command
+
+    raise typer.Exit(command.run(run, examples, out, data_dir))
 
 
 if __name__ == "__main__":

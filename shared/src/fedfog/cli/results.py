@@ -3,15 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedfog.files import write_atomically
+from fedfog.runs import Status, figures
 
 Row = dict[str, Any]
 
+PLAN = "sweep.json"
 METRICS = ("accuracy", "auroc", "macro_f1", "loss")
 LABELS = {"auroc": "AUROC", "macro_f1": "macro-F1", "loss": "loss (nats)"}
 DIGITS = 10  # the order in which updates come changes the sixteenth
@@ -24,22 +26,33 @@ def rows_of(folder: Path) -> Iterator[Row]:
         OSError, ValueError: there is no history, or it cannot be read.
     """
     history = json.loads((folder / "history.json").read_bytes())
-    initial = {"round": 0, "evaluation": history["initial"] or {}}
+    initial = {"round": 0, "num_examples": None, "evaluation": history["initial"]}
     for record in [initial, *history["rounds"]]:
-        evaluation = record.pop("evaluation", None) or {}
-        record.pop("regions", None)
-        # How many examples are tested on is no news; the record's are those trained on.
-        yield dict(_figures({**evaluation, "num_examples": None, **record}))
+        yield {
+            name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+            for name, value in figures(record).items()
+        }
 
 
-def _figures(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _figures(value, f"{prefix}{name}_")
-        elif isinstance(value, float):
-            yield prefix + name, float(f"{value:.{DIGITS}g}")
-        elif isinstance(value, int) and name != "schema_version":
-            yield prefix + name, value
+def rows_of_sweep(folder: Path) -> list[Row]:
+    """The rows of all runs of the sweep in `folder` that are completed.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
+    runs = json.loads((folder / PLAN).read_bytes())["runs"]
+    return [
+        {"run": name, **labels, **row}
+        for name, labels in runs.items()
+        if completed(folder / name)
+        for row in rows_of(folder / name)
+    ]
+
+
+def completed(folder: Path) -> bool:
+    """Raises ValueError: its summary is damaged."""
+    path = folder / "summary.json"
+    return path.exists() and json.loads(path.read_bytes())["status"] == Status.COMPLETED
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
