@@ -199,3 +199,14 @@ def services(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     for service in started:
         if service.process.poll() is None:
             service.kill()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch adds in the order in which the services add."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

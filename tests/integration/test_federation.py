@@ -4,6 +4,8 @@ missing, and what the run is then."""
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import pytest
 
 from conftest import REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker, free_port
+from fedfog.core.partition import deal
 from fedfog.messages.codec import decode, decode_meta
-from fedfog.messages.schemas import ModelMeta, PartialMeta, RoundRecord, UpdateMeta
+from fedfog.messages.schemas import Hyperparameters, ModelMeta, PartialMeta, RoundRecord, UpdateMeta
+from fedfog.ml.ecg5000 import Ecg5000
+from fedfog.ml.reference import fedavg
 
 Services = Callable[..., Service]
 RUN = "run"
@@ -184,6 +189,75 @@ def test_two_regions_give_the_mean_over_all_clients_of_both(
         products = [n * u.vector.astype(np.float64) for n, u in zip(weights, members, strict=True)]
         flat = np.sum(products, axis=0) / sum(weights)
         np.testing.assert_allclose(models[round], flat, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_runs_equal_the_one_process_reference(stack: Stack, peers: Callable[..., Peer]) -> None:
+    """Same seeds, slots and order: the model of round 1 to float32 rounding, and that of round 20
+    to what is left of it after all the training."""
+    runs: dict[str, dict[str, Any]] = {
+        "adam": {},
+        "sgd": {
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "momentum": 0.5,
+            "region_partition": "dirichlet:0.6",
+            "partition": "dirichlet:0.3",
+        },
+        "fedprox": {
+            "strategy": "FedProx",
+            "proximal_mu": 0.1,
+            "lr_decay": 0.95,
+            "clip_norm": 1.0,
+            "class_weights": "balanced",
+            "local_steps": 5,
+        },
+    }
+    regions = ["region_0", "region_1"]
+    peer = peers(stack.broker.port, "fl/global_model")
+    server = stack.server(
+        rounds=20,
+        local_epochs=1,
+        regions=",".join(regions),
+        min_available_clients=2,
+        min_fit_clients=2,
+        run_id="adam",
+        exit_when_finished=False,
+    )
+    for region in regions:
+        stack.aggregator(region, regions=",".join(regions), clients_expected=2)
+        stack.bridge(region)
+        stack.client("c", region, clients_per_process=2)
+    server.wait_for_log("run_completed", 120)
+    for name, settings in runs.items():
+        if name != "adam":
+            command = [sys.executable, "-m", "fedfog.cli.main", "run", "--name", name, "--follow"]
+            command += [f"--set={setting}={value}" for setting, value in settings.items()]
+            command += ["--runs-dir", str(stack.results.parent)]
+            subprocess.run(command, check=True, timeout=120)
+    found: dict[tuple[str, int], Any] = {}
+    for _, payload in peer.received:
+        model = decode(payload, ModelMeta)
+        found[model.meta.run, model.meta.round] = model.vector
+    task = Ecg5000(REPOSITORY / "data")
+    for name, settings in runs.items():
+        settings.pop("strategy", None)  # FedProx is FedAvg at the server
+        parameters = Hyperparameters(local_epochs=1, **settings)
+        slots = deal(
+            task.training_labels(),
+            None,
+            [2, 2],
+            seed=parameters.seed,
+            partition=parameters.partition,
+            region_partition=parameters.region_partition,
+        )
+        models = fedavg(task, slots, parameters, rounds=20, validation_fraction=0.1)
+        expected = [np.concatenate([a.ravel() for a in arrays.values()]) for arrays in models]
+        assert found[name, 0].tobytes() == expected[0].tobytes()
+        np.testing.assert_allclose(found[name, 1], expected[1], rtol=1e-6, atol=1e-9)
+        for number in range(2, 21):
+            assert np.abs(found[name, number] - expected[number]).max() < 1e-4, (name, number)
+        assert np.abs(expected[20] - expected[0]).max() > 0.05
 
 
 def test_broker_killed_in_mid_run_loses_nothing(stack: Stack, peers: Callable[..., Peer]) -> None:

@@ -1,11 +1,9 @@
 """Plain FedAvg in one process learns ECG5000 as well as it should."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fedfog.messages.schemas import Hyperparameters
 from fedfog.ml.ecg5000 import Ecg5000
@@ -15,13 +13,7 @@ from fedfog.ml.training import Arrays, load_arrays, round_seed, state_arrays, tr
 
 TASK = Ecg5000(Path(__file__).parents[2] / "data")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scores(arrays: Arrays) -> FullMetrics:
