@@ -61,6 +61,16 @@ def test_slots_are_dealt_among_the_clients_without_data_of_their_own() -> None:
     assert region.cohort == {"a", "b", "c"}
 
 
+def test_next_run_deals_slots_to_clients_that_had_the_same_in_the_last_one() -> None:
+    """A client asks for a slot that does not come, but only after seconds."""
+    region = rounds.RegionRounds("r", rounds.Policy(expected=2), boot=1)
+    for slot, name in enumerate("ab"):
+        region.handle(rounds.PresenceSeen(name, True, 1, slot=slot), 0.0)
+    actions = region.handle(rounds.ModelArrived("second", 2, 1, "m", 3), 0.0)
+    dealt = [action for action in actions if isinstance(action, rounds.DealSlot)]
+    assert dealt == [rounds.DealSlot("a", "second", 0, 2), rounds.DealSlot("b", "second", 1, 2)]
+
+
 def test_round_of_clients_with_their_own_data_needs_no_slot() -> None:
     region = rounds.RegionRounds("r", rounds.Policy(settle=3.0), boot=1)
     region.handle(rounds.ModelArrived("run", 1, 1, "m", 3), 0.0)

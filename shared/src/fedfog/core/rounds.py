@@ -421,11 +421,12 @@ class RegionRounds:
         self._opened, self.deadline = now, now + self.policy.deadline
         self._retry_after, self._retry_until = RETRY_SECONDS[0], None
         dealt: list[Action] = []
+        anew = self.slots is None
         if self.slots is None:
             needy = [c for c, p in self.present.items() if not p.own_data]
             self.slots = SlotTable.deal(self.run, needy)
         for client in sorted(cohort & self.present.keys()):
-            dealt += self._deal(client, now)
+            dealt += self._deal(client, now, anew)
         opened = {"round": self.round, "cohort": sorted(cohort), "quorum": self.expected}
         return [
             StoreCohort(self._newest, cohort, self.slots),
@@ -451,8 +452,8 @@ class RegionRounds:
         fields = {"reason": self._weakness, "setting": f"AGGREGATION={self.policy.aggregation}"}
         return [Log("warning", "aggregation_protects_nobody", fields)]
 
-    def _deal(self, client: str, now: float) -> list[Action]:
-        """Tell a client its slot unless it has it."""
+    def _deal(self, client: str, now: float, anew: bool = False) -> list[Action]:
+        """Tell a client its slot unless it has it; what it had in the run before is void."""
         presence = self.present[client]
         if presence.own_data or self.slots is None or self.run is None:
             return []
@@ -462,7 +463,7 @@ class RegionRounds:
         if not known:
             fields = {"client": client, "slot": slot, "shared": self.slots.shared(slot)}
             actions = [StoreSlots(self.slots), Log("info", "newcomer_given_slot", fields)]
-        if presence.slot != slot:
+        if anew or presence.slot != slot:
             actions.append(DealSlot(client, self.run, slot, self.slots.slots))
         return actions
 
