@@ -113,7 +113,7 @@ def curves(rows: Iterable[Row], axes: Sequence[str]) -> bytes:
 
     points: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
-        label = ", ".join(str(row[axis]) for axis in axes)
+        label = ", ".join(str(row[axis]) for axis in axes).replace("$", r"\$")  # no formula
         points.setdefault(label, {}).setdefault(row["round"], []).append(row)
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
