@@ -162,7 +162,7 @@ def test_changed_settings_are_not_mixed_with_the_runs_that_are_there(undisturbed
     folder = undisturbed.results.parents[1]
     for before, after, told in (
         ("rounds = 3", "rounds = 2", "rounds = 3, and now it is 2"),
-        ("clients = 2", "clients = 3", "[stack] clients = 2, and now it is 3"),
+        ("clients = 2", "clients = 3", "sweep was begun with clients = 2, and now it is 3"),
         ("0.1", "0.2", "learning_rate = 0.1, and now it is 0.2"),
     ):
         changed = Command(folder, undisturbed.private, SWEEP.replace(before, after))

@@ -67,7 +67,9 @@ def make_run(folder: Path, text: str = "") -> Path:
         "versions": {"torch": text},
     }
     history = {"initial": None, "rounds": [record(1, text), record(2, text)]}
-    summary = {"status": "completed", "error": text, "rounds": 2, "task": text}
+    one = {"accuracy": 0.75, "worst_client": f"worst-{text}"}
+    federated = {"overall": one, "regions": {f"region-{text}": one}}
+    summary = {"status": "completed", "error": text, "rounds": 2, "federated": federated}
     for name, content in (("settings", info), ("history", history), ("summary", summary)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -79,7 +81,7 @@ def test_page_of_a_run_tells_settings_rounds_and_participation(tmp_path: Path) -
         *("Run run-x", "completed", "strategy", "0.8000"),
         *("Confusion matrix of model 2", "4 (80.0%)", "3 (60.0%)"),
         *("302", "late-x: too late x", "odd-x: too far x", "the region: offline x"),
-        *("push-x", "1.000"),
+        *("push-x", "1.000", "worst-x", "0.7500"),
     ):
         assert words in page.words
 

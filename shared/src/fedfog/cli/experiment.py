@@ -50,7 +50,7 @@ from fedfog.control import (
 from fedfog.files import write_atomically
 from fedfog.messages.schemas import Training
 from fedfog.messages.topics import NAME_PATTERN
-from fedfog.runs import RunInfo, Status
+from fedfog.runs import Status
 from fedfog.service import EXIT_FAILED, EXIT_OK, ServiceError
 
 POLL_SECONDS = 0.2
@@ -211,8 +211,7 @@ def run_sweep(
     except ImportError as error:
         raise SweepError("results need pyarrow: pip install 'fedfog[experiments]'") from error
     with _alone(folder):
-        for run in planned:
-            _require_same(run, sweep, folder)
+        _require_same(sweep, planned, folder)
         plan = {
             "name": sweep.name,
             "stack": sweep.stack.model_dump(mode="json"),
@@ -295,26 +294,25 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _require_same(run: Planned, sweep: Sweep, folder: Path) -> None:
-    """Raises SweepError: the run is there, and was begun with other settings."""
-    wanted = run.complete_settings() | {"task": sweep.stack.task}
-    try:
-        info = RunInfo.model_validate_json((folder / run.name / "settings.json").read_bytes())
-        stack = json.loads((folder / PLAN).read_bytes())["stack"]
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise SweepError(f"{folder / run.name} is damaged, delete it: {error}") from error
-    pairs = [(name, info.settings.get(name, value), value) for name, value in wanted.items()]
-    now = sweep.stack.model_dump(mode="json", exclude=HOW_ONLY)
-    stack = {key: value for key, value in stack.items() if key not in HOW_ONLY}
-    pairs += [(f"[stack] {key}", stack.get(key), now.get(key)) for key in stack | now]
-    for name, before, value in pairs:
-        if before != value:
-            raise SweepError(
-                f"Run {run.name} was begun with {name} = {before}, and now it is {value}: give the "
-                f"sweep another name, or delete {folder} to do it all again"
-            )
+def _require_same(sweep: Sweep, planned: Sequence[Planned], folder: Path) -> None:
+    """Raises SweepError: what is there of the sweep was begun with other settings."""
+    for path, wanted in (
+        (folder / PLAN, sweep.stack.model_dump(mode="json", exclude=HOW_ONLY)),
+        *((folder / run.name / "settings.json", run.complete_settings()) for run in planned),
+    ):
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise SweepError(f"{path} is damaged: delete {path.parent} ({error})") from error
+        begun = found["stack" if path.name == PLAN else "settings"]
+        for name, value in wanted.items():
+            if begun.get(name, value) != value:
+                raise SweepError(
+                    f"{path.parent} was begun with {name} = {begun[name]}, and now it is {value}: "
+                    "give the sweep another name, or delete that folder"
+                )
 
 
 def _do(

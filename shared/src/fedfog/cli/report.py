@@ -65,13 +65,14 @@ def _run(folder: Path) -> str:
     path = folder / "summary.json"
     summary = json.loads(path.read_bytes()) if path.exists() else {"status": "not finished"}
     rows = [{"run": info["run"], **row} for row in results.rows_of(folder)]
-    told = ("status", "error", "rounds", "task", "strategy", "seconds")
+    told = ("status", "error", "rounds", "early_stop", "best_round", "task", "seconds")
     body = [
         _pairs({"begun": info["begun"]} | {k: summary[k] for k in told if summary.get(k)}),
         "<h2>Learning</h2>",
         _curves(rows, []),
         _rows([{k: v for k, v in row.items() if k != "run"} for row in rows], seconds=False),
         _confusion(history["rounds"]),
+        _federated(summary.get("federated") or {}),
         _participation(history["rounds"]),
         _waterfall(history["rounds"]),
         "<h2>Settings</h2>",
@@ -153,6 +154,16 @@ def _confusion(rounds: Sequence[Any]) -> str:
         f"<h2>Confusion matrix of model {evaluated[-1]['round']:d}</h2>"
         "<p>Rows: true class; columns: predicted one; shares of the row.</p>"
         + _table(["", *map(str, range(len(matrix)))], rows)
+    )
+
+
+def _federated(final: Mapping[str, Any]) -> str:
+    """How the finished model does at the clients, in all and by region."""
+    if not final.get("overall"):
+        return ""
+    parts = {"all": final["overall"], **final["regions"]}
+    return "<h2>On the clients' own validation examples</h2>" + _rows(
+        [{"region": name, **part} for name, part in parts.items()]
     )
 
 
