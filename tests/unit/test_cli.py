@@ -8,7 +8,18 @@ import pytest
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["monitor"], ["run"], ["runs"], ["stop"], ["resume"], ["token"], ["client"]],
+    [
+        [],
+        ["demo"],
+        ["partition"],
+        ["monitor"],
+        ["run"],
+        ["runs"],
+        ["stop"],
+        ["resume"],
+        ["token"],
+        ["client"],
+    ],
 )
 def test_help_tells_the_options_without_loading_a_framework(command: list[str]) -> None:
     script = f"""
