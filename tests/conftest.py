@@ -14,6 +14,7 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
+from hypothesis import settings
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -22,6 +23,10 @@ from fedfog.cli.broker import LocalBroker, installed_mosquitto
 REPOSITORY = Path(__file__).parents[1]
 
 pytest_plugins = ["stacks"]  # fixtures of tests/compose
+
+# How long an example takes is a matter of the machine, and of what else runs on it.
+settings.register_profile("fedfog", deadline=None)
+settings.load_profile("fedfog")
 
 
 class Peer:

@@ -212,6 +212,14 @@ def test_few_updates_and_no_parameters_are_no_errors(rule: Rule) -> None:
     assert aggregate(rule, [empty] * 3, empty, [1] * 3, 0.2).vector.size == 0
 
 
+def test_no_more_are_named_than_a_record_holds() -> None:
+    n = robust.NAMED + 200
+    found = aggregate("krum", np.eye(n, 3, dtype=np.float32), np.zeros(3, np.float32), [1] * n, 0.2)
+    assert len(found.suspicious) == robust.NAMED
+    assert found.unnamed == n - 1 - robust.NAMED
+    assert list(found.suspicious) == sorted(found.suspicious)
+
+
 def test_share_of_attackers_is_rounded_down_to_one_at_least() -> None:
     assert [attackers(0.2, n) for n in (1, 3, 5, 9, 10, 15, 35)] == [1, 1, 1, 1, 2, 3, 7]
     assert attackers(0.0, 10) == 0

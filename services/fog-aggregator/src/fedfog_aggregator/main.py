@@ -403,11 +403,12 @@ class Aggregator:
         assert self._table is not None
         began = time.monotonic()
         mean = commit.total.mean()
-        members, suspicious = dict(commit.members), {}
+        members, suspicious, more = dict(commit.members), {}, 0
         if isinstance(commit.total, Updates):
             names, found = list(members), commit.total.aggregate()
             members = dict(zip(names, found.examples, strict=True))
             suspicious = {names[i]: why for i, why in found.suspicious.items()}
+            more = found.unnamed
         meta = PartialMeta(
             run=commit.run,
             round=commit.round,
@@ -425,6 +426,7 @@ class Aggregator:
             base_digest=commit.base_digest,
             aggregation=self._settings.aggregation,
             suspicious=suspicious,
+            suspicious_more=more,
             seconds={"collect": round(commit.collect_seconds, 6)},
         )
         try:

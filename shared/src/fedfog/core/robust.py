@@ -33,6 +33,7 @@ Rule = Literal[
 MEDIANS = 3  # of the examples, that an update may count
 LARGEST = 1.5  # times the largest number that must be an honest one, likewise
 SUSPICIOUS = 0.5  # an influence below this is put on record
+NAMED = 1000  # updates at most, those of least influence: a record is a message, and has a limit
 
 _BLOCK = 1 << 19  # float64 numbers that are looked at together
 
@@ -45,6 +46,7 @@ class Aggregate:
     examples: list[int]  # that each update counted with
     influence: Floats  # shape (n,): 0 left out, 1 as much as its examples give it
     suspicious: dict[int, str]  # index of an update that was left out or damped, and why
+    unnamed: int  # suspicious ones beyond `NAMED`
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,14 @@ def aggregate(
         if number > cap:
             capped = f"it claims {number} examples, {cap} were counted"
             suspicious[i] = "; ".join(filter(None, [suspicious.get(i), capped]))
-    return Aggregate(vector, counted, verdict.influence, suspicious)
+    named = sorted(suspicious, key=verdict.influence.__getitem__)[:NAMED]
+    return Aggregate(
+        vector,
+        counted,
+        verdict.influence,
+        {i: suspicious[i] for i in sorted(named)},
+        len(suspicious) - len(named),
+    )
 
 
 def attackers(byzantine: float, n: int) -> int:

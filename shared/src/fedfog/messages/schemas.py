@@ -261,8 +261,10 @@ class PartialMeta(Payload):
     )
     aggregation: str = Field("fedavg", description="rule that made it of the updates")
     suspicious: dict[Name, str] = Field(
-        default_factory=dict, description="members that the rule left out or damped, and why"
+        default_factory=dict,
+        description="members that the rule left out or damped, and why; 1,000 at most",
     )
+    suspicious_more: int = Field(default=0, ge=0, description="such members beyond those")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
 
     @model_validator(mode="after")
