@@ -170,7 +170,7 @@ def train_local(
     if parameters.class_weights == "balanced":
         loss_of = _balanced(task, dataset.tensors[1])
     trained = [p for p in model.parameters() if p.requires_grad]
-    received = [p.detach().clone() for p in trained]
+    received = [p.detach().clone() for p in trained] if parameters.proximal_mu else []
     learning_rate = parameters.learning_rate * parameters.lr_decay ** (round - 1)
     optimizer: _Adam | _Sgd = (
         _Adam(trained, learning_rate)
@@ -229,12 +229,8 @@ def _balanced(task: Task, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         shares = weights[targets] / weights[targets].sum()
-        return torch.stack(
-            [
-                shares[targets == label].sum()
-                * task.loss(outputs[targets == label], targets[targets == label])
-                for label in torch.unique(targets)
-            ]
-        ).sum()
+        members = [targets == label for label in torch.unique(targets)]
+        losses = [shares[m].sum() * task.loss(outputs[m], targets[m]) for m in members]
+        return torch.stack(losses).sum()
 
     return loss
