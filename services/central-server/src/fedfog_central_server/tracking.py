@@ -41,7 +41,8 @@ class Tracking:
         except OSError as error:
             raise ServiceError(f"{error} (TENSORBOARD_DIR)") from error
         self._folder, self._make_writer = folder, tensorboardX.SummaryWriter
-        self._run, self._writer = "", None
+        self._run = ""
+        self._writer: Any = None
         self._records: queue.Queue[tuple[str, RoundRecord] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()

@@ -3,8 +3,8 @@
 It is written only after ONNX Runtime has given PyTorch's outputs for all test data.
 """
 
-import io
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -55,20 +55,20 @@ def to_onnx(model: nn.Module, examples: Tensor) -> bytes:
     any number of examples. Raises ImportError."""
     import onnx  # noqa: F401  the exporter needs it, and would not say so as clearly
 
-    content = io.BytesIO()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        path = Path(folder) / "model.onnx"
         # The newer exporter needs two packages more, and gives the same graph for such models.
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(
             model,
             (examples,),
-            content,
+            path,
             dynamo=False,
             input_names=["input"],
             output_names=["output"],
             dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
         )
-    return content.getvalue()
+        return path.read_bytes()
 
 
 @torch.inference_mode()

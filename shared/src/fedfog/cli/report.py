@@ -63,7 +63,9 @@ def _run(folder: Path) -> str:
         json.loads((folder / name).read_bytes()) for name in ("settings.json", "history.json")
     )
     path = folder / "summary.json"
-    summary = json.loads(path.read_bytes()) if path.exists() else {"status": "not finished"}
+    summary: dict[str, Any] = {"status": "not finished"}
+    if path.exists():
+        summary = json.loads(path.read_bytes())
     rows = [{"run": info["run"], **row} for row in results.rows_of(folder)]
     told = ("status", "error", "rounds", "early_stop", "best_round", "task", "seconds")
     body = [
