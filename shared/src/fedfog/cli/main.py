@@ -306,7 +306,7 @@ def experiment(
     """Do runs over a grid of settings and seeds on a federation of this machine, and put the
     results into one table, plots and a page.
 
-    A sweep that was stopped or killed goes on where it was when the command is given again.
+    SWEEP is a TOML file (docs/experiments.md). A sweep that was stopped or killed goes on where it was when the command is given again.
     """
     from fedfog.cli import experiment as command
 
@@ -357,14 +357,17 @@ def predict(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            help="one example in a line (ECG5000: 140 numbers with commas or tabs between them), "
-            "without a label or a header",
+            help="one example in a line, without a label or a header",
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="file to write; default: stdout")] = None,
     data_dir: DataDir = Path("data"),
 ) -> None:
-    """Have a run's model tell class and probabilities of each line of a file, as CSV."""
+    """Have a run's model tell class and probabilities of each line of a file, as CSV.
+
+    A line is one example, without a label: for ECG5000 140 numbers, with commas or tabs between
+    them. There is no header (docs/experiments.md).
+    """
     from fedfog.cli import predict as command
 
     raise typer.Exit(command.run(run, examples, out, data_dir))
