@@ -6,7 +6,6 @@ fixed names, and a run does not begin without all of them; so they have the same
 process was killed when, and the table is that of an undisturbed sweep.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich import box
@@ -55,7 +54,11 @@ from fedfog.service import EXIT_FAILED, EXIT_OK, ServiceError
 
 POLL_SECONDS = 0.2
 NAME_LENGTH = 40  # of the part that says which point of the grid it is
-OF_A_RUN = {"rounds", *Training.model_fields, *services.StrategySettings.model_fields}
+OF_A_RUN = {
+    *("rounds", "early_stop_rounds"),
+    *Training.model_fields,
+    *services.StrategySettings.model_fields,
+}
 HOW_ONLY = {"processes", "data_dir", "secure", "broker"}  # nothing of it is in the figures
 
 Scalar = str | bool | int | float
@@ -93,7 +96,7 @@ class Sweep(BaseModel):
     name: str = Field(pattern=NAME_PATTERN)
     stack: Stack = Stack()
     settings: dict[str, Scalar] = {}
-    grid: dict[str, list[Scalar | dict[str, Scalar]]] = {}
+    grid: dict[str, Annotated[list[Scalar | dict[str, Scalar]], Field(min_length=1)]] = {}
     seeds: list[int] = Field([42], min_length=1)
 
     @classmethod
@@ -110,6 +113,10 @@ class Sweep(BaseModel):
 
     def runs(self) -> "list[Planned]":
         """All runs, seeds innermost. Raises SweepError."""
+        if len(set(self.seeds)) < len(self.seeds):
+            raise SweepError("a seed stands twice")
+        if taken := {"run", "seed", "round", *results.METRICS} & self.grid.keys():
+            raise SweepError(f"[grid] {min(taken)}: a column of the results has this name")
         points = list(
             product(*([_Value.of(axis, v) for v in vs] for axis, vs in self.grid.items()))
         )
@@ -235,6 +242,9 @@ def run_sweep(
 
 def run(path: Path, runs_dir: Path) -> int:
     """Do a sweep and show its summary; returns the exit code."""
+    if sys.platform == "win32":
+        sys.stderr.write("fedfog experiment needs Linux, macOS or WSL.\n")
+        return EXIT_FAILED
     # Into a pipe, a line stays a line.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for number in SIGNALS:
@@ -285,6 +295,8 @@ def _texts(values: dict[str, Any]) -> dict[str, str]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Raises SweepError: another process works on this sweep."""
+    import fcntl  # not on Windows
+
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

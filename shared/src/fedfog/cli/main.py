@@ -306,7 +306,8 @@ def experiment(
     """Do runs over a grid of settings and seeds on a federation of this machine, and put the
     results into one table, plots and a page.
 
-    SWEEP is a TOML file (docs/experiments.md). A sweep that was stopped or killed goes on where it was when the command is given again.
+    SWEEP is a TOML file (docs/experiments.md). A sweep that was stopped or killed goes on where it
+    was when the command is given again.
     """
     from fedfog.cli import experiment as command
 
