@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from fedfog import settings as services
@@ -246,7 +246,7 @@ def run(path: Path, runs_dir: Path) -> int:
         sys.stderr.write("fedfog experiment needs Linux, macOS or WSL.\n")
         return EXIT_FAILED
     # Into a pipe, a line stays a line.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -351,16 +351,11 @@ def _do(
         tiers=stack.tiers,
         processes=stack.processes,
         secure=stack.secure,
-        environment=environment | _texts(first),
+        environment=environment,
+        server=_texts(first),
     )
     failed = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     with _federation(options, folder) as ended, progress:
         bar_of_all = progress.add_task(sweep.name, total=len(runs))
         answer = _answer(folder, ended)
@@ -370,7 +365,8 @@ def _do(
             progress.remove_task(bar)
             progress.advance(bar_of_all)
             accuracy = "" if answer.accuracy is None else f", accuracy {answer.accuracy:.4f}"
-            console.print(f"{run.name} {answer.status}{accuracy} {answer.error}".rstrip())
+            told = f"{run.name} {answer.status}{accuracy} {answer.error}".rstrip()
+            console.print(told, markup=False)
             if answer.status != Status.COMPLETED:
                 failed[run.name] = answer.error or answer.status
     return failed

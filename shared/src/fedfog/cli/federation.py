@@ -45,7 +45,8 @@ class Options:
     processes: int | None = None  # for the clients of a region; None: one for each client
     client_module: str = ""  # run for each region in place of its clients
     secure: bool = False  # TLS, identities and access lists, as in the compose stack
-    environment: Mapping[str, str] = field(default_factory=dict)  # of all tiers, before all else
+    environment: Mapping[str, str] = field(default_factory=dict)  # settings of all tiers
+    server: Mapping[str, str] = field(default_factory=dict)  # settings, in place of those above
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Federation:
             FLOWER_PORT=self._flower_port,
             EXIT_WHEN_FINISHED="true",
         )
-        self._start(SERVER, "fedfog_central_server.main", server)
+        self._start(SERVER, "fedfog_central_server.main", server | dict(options.server))
         self.broker.start()
         assert self.broker.process is not None
         self._tiers.append(Tier(BROKER, self.broker.process, self.logs / "broker.log"))
@@ -290,7 +291,8 @@ class Federation:
             "TMPDIR": self._private,
             "no_proxy": direct,  # Flower's requests would go to the user's proxy
             "NO_PROXY": direct,
+            **self._options.environment,
         } | settings
         if self._options.processes:  # many trainings on few cores: nobody is to be left out
             env = {key: os.environ.get(key, PATIENCE) for key in LIMITS} | env
-        return {key: str(value) for key, value in env.items()} | dict(self._options.environment)
+        return {key: str(value) for key, value in env.items()}
