@@ -13,7 +13,13 @@ import psutil
 from conftest import Peer, Service
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.messages.codec import TensorMessage, decode, digest_of, encode
-from fedfog.messages.schemas import ClientMetrics, ModelMeta, PartialMeta, RunState
+from fedfog.messages.schemas import (
+    ClientMetrics,
+    FederatedEvaluation,
+    ModelMeta,
+    PartialMeta,
+    RunState,
+)
 
 MODEL = "fl/global_model"
 LIMIT = 90.0  # seconds for what takes about ten on an idle machine
@@ -21,10 +27,17 @@ LIMIT = 90.0  # seconds for what takes about ten on an idle machine
 
 class Region(Peer):
     """Clients and aggregator of a region, played: the partial of round r is model r-1 plus r, and
-    is published as soon as round r is `allowed`."""
+    is published as soon as round r is `allowed`. Its clients, a and b, have evaluated the model
+    as `federated` says."""
 
-    def __init__(self, port: int, name: str = "region_0", allowed: int = 10**6) -> None:
-        self.name, self.allowed = name, allowed
+    def __init__(
+        self,
+        port: int,
+        name: str = "region_0",
+        allowed: int = 10**6,
+        federated: FederatedEvaluation | None = None,
+    ) -> None:
+        self.name, self.allowed, self.federated = name, allowed, federated
         self.models: dict[int, TensorMessage[ModelMeta]] = {}
         self._done: set[tuple[str, int]] = set()
         super().__init__(port, MODEL)
@@ -62,6 +75,7 @@ class Region(Peer):
                 num_examples=10,
                 members={"a": 4, "b": 6},
                 metrics=ClientMetrics(train_loss=1.0 / round),
+                federated=self.federated,
             )
             payload = encode(meta, base.table, vector)
             self._client.publish(f"fl/partial/{self.name}", payload, qos=1, retain=True)

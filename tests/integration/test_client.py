@@ -12,8 +12,16 @@ import pytest
 from conftest import REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.core.partition import deal
-from fedfog.messages.codec import TensorMessage, TensorTable, decode
-from fedfog.messages.schemas import Receipt, RegionReceipt, Slot, Status, UpdateMeta, Verdict
+from fedfog.messages.codec import TensorMessage, TensorTable, decode, decode_json
+from fedfog.messages.schemas import (
+    ClientEvaluation,
+    Receipt,
+    RegionReceipt,
+    Slot,
+    Status,
+    UpdateMeta,
+    Verdict,
+)
 from fedfog.ml.task import load_task
 from fedfog.ml.training import state_arrays
 from wire import model
@@ -230,6 +238,39 @@ def test_finished_model_of_an_old_run_does_not_end_a_new_client(
     edge.answer(Verdict.ACCEPTED)
     edge.model(round=1, finished=True, started=2)
     assert edge.service.wait() == 0
+
+
+def test_finished_model_is_evaluated_before_the_client_ends(
+    start: Callable[..., Edge], peers: Callable[..., Peer], broker: LocalBroker
+) -> None:
+    edge = start(exit_when_finished=True, validation_fraction=0.1)
+    edge.model()
+    edge.deal()
+    before = edge.update().meta.metrics
+    edge.model(round=1, finished=True)
+    assert edge.service.wait() == 0
+    # Retained: the server may just be starting again.
+    said = decode_json(
+        peers(broker.port, "fl/evaluations/#").on("fl/evaluations/region_0/c1"), ClientEvaluation
+    )
+    assert (said.run, said.round) == ("run", 1)
+    # The played model has not changed since it was evaluated for the update.
+    found = (said.num_examples, said.loss, said.accuracy)
+    told = (before.validation_examples, before.validation_loss, before.validation_accuracy)
+    assert found == told
+
+
+def test_client_without_validation_examples_says_nothing_of_the_finished_model_and_ends(
+    start: Callable[..., Edge], peers: Callable[..., Peer], broker: LocalBroker
+) -> None:
+    said = peers(broker.port, "fl/evaluations/#")
+    edge = start(exit_when_finished=True, validation_fraction=0)
+    edge.model()
+    edge.deal()
+    assert edge.update().meta.metrics.validation_examples is None
+    edge.model(round=1, finished=True)
+    assert edge.service.wait() == 0
+    assert not said.received
 
 
 def test_garbage_on_every_topic_leaves_it_alive(start: Callable[..., Edge]) -> None:

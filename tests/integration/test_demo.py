@@ -119,6 +119,9 @@ def assert_complete(demo: Demo, output: str, clients: int = 3, rounds: int = 3) 
     assert 0.5 < summary["test_auroc"] <= 1
     assert f"{summary['test_accuracy']:.4f}" in output
     assert (demo.runs / "latest" / "model.safetensors").exists()
+    federated = summary["federated"]
+    assert (federated["overall"]["num_clients"], federated["missing"]) == (clients, 0)
+    assert f"{clients} clients on {federated['overall']['num_examples']} validation" in output
 
 
 @pytest.mark.skipif(installed_mosquitto() is None, reason="Mosquitto is not installed")

@@ -55,6 +55,42 @@ def evaluation(round: int) -> Evaluation:
     )
 
 
+def evaluated(run: Run, *accuracies: float | None) -> None:
+    """These are those of model 0, 1 and so on; None: it was passed over."""
+    for round, accuracy in enumerate(accuracies):
+        run.history.add(record(run, round))
+        found = evaluation(round).model_copy(update={"accuracy": accuracy})
+        run.history.evaluated(round, None if accuracy is None else found, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "last"),
+    [
+        ([0.5, 0.6, 0.7, 0.7, 0.6, 0.9], 5),  # an equal accuracy is no gain
+        ([0.5, 0.4, 0.4], 3),  # model 0 is one to be better than
+        ([0.5, 0.6, 0.5, 0.7, 0.6, 0.8], None),
+        ([0.5, 0.6, None, None], 4),
+        ([None, 0.6, 0.5, 0.5], 4),
+    ],
+)
+def test_a_run_ends_a_round_after_enough_rounds_without_gain(
+    tmp_path: Path, accuracies: list[float | None], last: int | None
+) -> None:
+    run = open_run(settings(tmp_path, rounds=50, early_stop_rounds=2))
+    evaluated(run, *accuracies)
+    ends = [round for round in range(len(accuracies) + 1) if run.ends_early_with(round)]
+    assert ends[:1] == ([] if last is None else [last])
+
+
+def test_a_run_ends_early_only_if_it_is_told_to(tmp_path: Path) -> None:
+    run = open_run(settings(tmp_path, rounds=5))
+    evaluated(run, 0.9, 0.1, 0.1, 0.1)
+    assert not any(run.ends_early_with(round) for round in range(6))
+    patient = open_run(settings(tmp_path, rounds=3, early_stop_rounds=2))
+    evaluated(patient, 0.9, 0.1, 0.1)
+    assert not patient.ends_early_with(3)  # it was the last one anyway
+
+
 @pytest.mark.parametrize("status", [None, Status.STOPPED, Status.FAILED])
 def test_a_run_that_is_not_completed_is_taken_up(tmp_path: Path, status: Status | None) -> None:
     first = open_run(settings(tmp_path))

@@ -351,6 +351,19 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation, StrategySett
     """Settings of the central server."""
 
     rounds: int = Field(3, ge=1, description="global rounds of a run")
+    early_stop_rounds: int = Field(
+        0,
+        ge=0,
+        description="rounds without a new highest accuracy on the server's test set after which "
+        "the run ends, one round later; 0: it does not. The test set chooses then, so the figures "
+        "on it are optimistic",
+    )
+    evaluation_timeout: float = Field(
+        10.0,
+        ge=0,
+        description="seconds that the end of a run waits for the clients' evaluations of the "
+        "finished model",
+    )
     min_fit_clients: int = Field(
         1, ge=1, description="least regions whose partial makes a global round"
     )
@@ -377,6 +390,11 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation, StrategySett
     runs_dir: Path = Field(Path("runs"), description="folder of the results")
     run_id: str = Field(
         "", pattern=r"^([a-z0-9][a-z0-9_-]{0,62})?$", description="name of the run; default: now"
+    )
+    tensorboard_dir: Path | None = Field(
+        None,
+        description="folder for TensorBoard: all figures of each round, a folder for each run; "
+        "needs `pip install 'fedfog[tensorboard]'` (the image has it)",
     )
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
     exit_when_finished: bool = Field(

@@ -3,6 +3,7 @@
 What is published was read from a checkpoint, so nothing that anybody has seen of a run can be lost.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -10,17 +11,19 @@ import structlog
 
 from fedfog.logs import Step
 from fedfog.messages.codec import encode
-from fedfog.messages.schemas import Evaluation, ModelMeta, RoundRecord, RunState
-from fedfog.runs import Status
+from fedfog.messages.schemas import ClientEvaluation, Evaluation, ModelMeta, RoundRecord, RunState
+from fedfog.runs import FinalEvaluation, Status
 from fedfog.settings import CentralSettings
 from fedfog_central_server import link, results
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError
+from fedfog_central_server.final import Collection
 from fedfog_central_server.learning import Evaluated, InitialModel, Learning, LearningFailed
 from fedfog_central_server.retained import RetainedModel
 from fedfog_central_server.runs import Run, shares
 
 log = structlog.get_logger()
 
+_LOGGED = ("accuracy", "auroc", "macro_f1", "loss", "ece")
 # Waits before model 0 is written again, two minutes in all: time to make room on a full disk.
 SAVE_AGAIN_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
@@ -53,6 +56,9 @@ class ActiveRun:
         self.error = ""
         self.checkpoint: Checkpoint | None = None
         self._learning, self._retained, self._published = learning, retained, published
+        self._deferred: Checkpoint | None = None  # until the model before it is evaluated
+        self._clients: Collection | None = None  # their word on the last model
+        self._clients_due = math.inf
         self._newest: Evaluation | None = None
         self._best = -1.0
         self._unsaved: Checkpoint | None = None  # model 0
@@ -72,13 +78,21 @@ class ActiveRun:
     @property
     def trained(self) -> bool:
         """The last round is done."""
-        return self.checkpoint is not None and self.rounds == self.settings.rounds
+        return self._clients is not None
+
+    @property
+    def early(self) -> bool:
+        """It was the last one by EARLY_STOP_ROUNDS."""
+        return self.trained and self.rounds < self.settings.rounds
 
     @property
     def complete(self) -> bool:
-        """The last model is evaluated, and the broker was there to take it."""
-        evaluated = not self.run.history.lacks_evaluation(self.rounds)
-        return self.trained and evaluated and self._retained.sent
+        """The broker was there to take the last model, and this and the clients have evaluated
+        it, or these have had their time."""
+        if self._clients is None or not self._retained.sent:
+            return False
+        heard = self._clients.complete or time.monotonic() >= self._clients_due
+        return heard and not self.run.history.lacks_evaluation(self.rounds)
 
     @property
     def accuracy(self) -> float | None:
@@ -113,17 +127,34 @@ class ActiveRun:
             raise RunFailedError(f"{type(error).__name__}: {error}") from error
         if isinstance(event, Evaluated):
             self._evaluated(event)
+            if (checkpoint := self._deferred) is not None:
+                self._deferred = None
+                self._take(checkpoint)
         elif self.checkpoint is None:
             record = RoundRecord(run=self.id, round=0, regions={}, num_clients=0, num_examples=0)
             self._unsaved = Checkpoint(record, event.table, event.vector)
 
+    def heard(self, region: str, client: str, said: ClientEvaluation) -> None:
+        """A client has evaluated a run's last model."""
+        if self._clients and not self.over and (said.run, said.round) == (self.id, self.rounds):
+            self._clients.hear(region, client, said)
+
     def tick(self, now: float) -> float | None:
-        """Save model 0; returns when that is to be tried again, if it is.
+        """Save model 0, and wait for the clients' evaluations of the last one; returns when
+        something is due next, if anything is.
 
         Raises:
-            RunFailedError: it cannot be saved.
+            RunFailedError: model 0 cannot be saved.
         """
-        if self._unsaved is None or self.over:
+        if self.over:
+            return None
+        if self._clients and self._retained.sent:
+            self._clients_due = min(self._clients_due, now + self.settings.evaluation_timeout)
+            return self._clients_due if now < self._clients_due else None
+        return self._save_initial(now)
+
+    def _save_initial(self, now: float) -> float | None:
+        if self._unsaved is None:
             return None
         if now < self._save_at:
             return self._save_at
@@ -169,8 +200,13 @@ class ActiveRun:
 
     def _take(self, checkpoint: Checkpoint) -> None:
         """Publish a checkpoint's model, then do what may be done while the clients train."""
-        began = time.monotonic()
+        began, history = time.monotonic(), self.run.history
+        if self.settings.early_stop_rounds and history.lacks_evaluation(checkpoint.round - 1):
+            self._deferred = checkpoint  # that evaluation decides if this model is the last
+            return
         self.checkpoint = checkpoint
+        if self._ends_with(checkpoint.round):
+            self._clients = Collection(checkpoint.record)
         meta = self._meta(checkpoint)
         payload = encode(meta, checkpoint.table, checkpoint.vector)
         sent = self._retained.set(meta, payload)
@@ -183,12 +219,15 @@ class ActiveRun:
             waits_for_broker=None if sent else True,
             seconds=round(time.monotonic() - began, 4),
         )
-        self.run.history.add(checkpoint.record)
-        if self.run.history.lacks_evaluation(checkpoint.round):
+        history.add(checkpoint.record)
+        if history.lacks_evaluation(checkpoint.round):
             self._learning.evaluate(self.id, checkpoint)
 
+    def _ends_with(self, round_: int) -> bool:
+        return round_ == self.settings.rounds or bool(self.run.ends_early_with(round_))
+
     def _meta(self, checkpoint: Checkpoint) -> ModelMeta:
-        last = checkpoint.round == self.settings.rounds
+        last = self._ends_with(checkpoint.round)
         return ModelMeta(
             run=self.id,
             run_started=self.run.info.run_started,
@@ -240,6 +279,10 @@ class ActiveRun:
         """
         self.over, self.error = status, error
         folder = self.run.folder
+        if status is Status.COMPLETED and self._clients:
+            self.run.history.federated = told = self._clients.result()
+            if told is not None:
+                self._say_federated(told)
         try:
             self.run.history.close(self.run.seconds)
         except OSError as problem:
@@ -261,10 +304,26 @@ class ActiveRun:
             run=self.id,
             error=self.error or None,
             rounds=f"{summary.rounds}/{self.settings.rounds}",
+            early_stop=summary.early_stop or None,
             accuracy=_change(summary.initial_accuracy, summary.test_accuracy),
             loss=_change(summary.initial_loss, summary.test_loss),
             results=str(folder),
             seconds=summary.seconds,
+        )
+
+    def _say_federated(self, told: FinalEvaluation) -> None:
+        overall, missing = told.overall, told.missing or None
+        (log.warning if missing else log.info)(
+            "model_evaluated_by_clients",
+            run=self.id,
+            round=self.rounds,
+            clients=overall and overall.num_clients,
+            accuracy=overall and round(overall.accuracy, 4),
+            worst=overall and round(overall.worst_accuracy, 4),
+            worst_client=overall and overall.worst_client,
+            missing=missing,
+            missing_clients=told.missing_clients or None,
+            setting="EVALUATION_TIMEOUT" if missing else None,
         )
 
     def _history_not_written(self, error: OSError) -> None:
@@ -280,7 +339,7 @@ class ActiveRun:
 
 
 def _rounded(evaluation: Evaluation) -> dict[str, float | None]:
-    values = {name: getattr(evaluation, name) for name in ("accuracy", "auroc", "macro_f1", "loss")}
+    values = {name: getattr(evaluation, name) for name in _LOGGED}
     return {name: value and round(value, 4) for name, value in values.items()}
 
 

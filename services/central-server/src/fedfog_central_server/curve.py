@@ -11,14 +11,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def draw(title: str, points: list[dict[str, Any]], output: BinaryIO) -> None:
-    """Metrics and loss over the rounds; `points` are the fields of `Evaluation`."""
+def draw(
+    title: str,
+    points: list[dict[str, Any]],
+    federated: list[tuple[int, float]],
+    output: BinaryIO,
+) -> None:
+    """Metrics and loss over the rounds; `points` are the fields of `Evaluation`, `federated` is the
+    accuracy on the clients' own examples, by rounds."""
     rounds = [point["round"] for point in points]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC"), ("macro_f1", "macro-F1")):
         left.plot(rounds, [point[name] for point in points], marker="o", label=label)
+    if federated:
+        label = "accuracy, clients' own"
+        left.plot(*zip(*federated, strict=True), marker=".", linestyle="--", label=label)
     left.set(xlabel="round", ylabel="on held-out examples", title=title)
     left.legend()
     right.plot(rounds, [point["loss"] for point in points], marker="o", color="tab:red")

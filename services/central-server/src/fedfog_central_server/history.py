@@ -28,6 +28,8 @@ class HistoryFile:
 
     def __init__(self, info: runs.RunInfo, path: Path) -> None:
         self.initial: Evaluation | None = None
+        self.federated: runs.FinalEvaluation | None = None
+        self.federated_accuracy: dict[int, float] = {}  # of each model that clients trained from
         self.clients: dict[int, int] = {}
         self.regions: set[str] = set()
         self.seconds = 0.0
@@ -53,6 +55,12 @@ class HistoryFile:
     def evaluations(self) -> list[Evaluation]:
         """All that are known, oldest first."""
         return [self.initial, *self._evaluations] if self.initial else self._evaluations
+
+    def best(self, before: int | None = None) -> Evaluation | None:
+        """The highest accuracy of all models, or of those before round `before`; the first of
+        equals."""
+        known = (e for e in self.evaluations if before is None or e.round < before)
+        return max(known, key=lambda evaluation: evaluation.accuracy, default=None)
 
     def lacks_evaluation(self, round_: int) -> bool:
         return round_ in self._waiting
@@ -138,6 +146,8 @@ class HistoryFile:
     def _count(self, record: RoundRecord) -> None:
         self.clients[record.round] = record.num_clients
         self.regions.update(record.regions)
+        if record.federated:
+            self.federated_accuracy[record.round - 1] = record.federated.accuracy
 
     def _read(self) -> dict[int, RoundRecord]:
         """Line by line, so that what a power loss has left of the file can be read, too."""
@@ -190,7 +200,8 @@ class HistoryFile:
         self._end, self._tail = self._end + len(new), tail
 
     def _closing(self) -> bytes:
-        return f'\n],"seconds":{self.seconds:.3f}}}\n'.encode()
+        final = f',"federated":{self.federated.model_dump_json()}' if self.federated else ""
+        return f'\n]{final},"seconds":{self.seconds:.3f}}}\n'.encode()
 
 
 def _write_at(file: int, offset: int, data: bytes) -> None:

@@ -4,12 +4,13 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedfog.files import write_atomically
 from fedfog.messages.codec import encode
 from fedfog.messages.schemas import Evaluation, ModelMeta
-from fedfog.runs import Status, Summary
+from fedfog.runs import FinalEvaluation, Status, Summary
 from fedfog_central_server.checkpoints import Checkpoint
 from fedfog_central_server.history import HistoryFile
 from fedfog_central_server.runs import Run
@@ -24,10 +25,11 @@ them; they sent weights.
 
 | | |
 | --- | --- |
-| run | {status}, {rounds} rounds, strategy {strategy}, seed {seed} |
+| run | {status}, {rounds} rounds{stopped}, strategy {strategy}, seed {seed} |
 | regions | {regions} |
 | clients per round | {clients} |
-| local training | {local_epochs} epochs per round, batch {batch_size}, Adam {learning_rate} |
+| local training | {local_work} per round, batch {batch_size}, {optimizer} {learning_rate} |
+| partition | {region_partition} over regions, {partition} over the clients of one |
 | parameters | {parameters} float32 in {tensors} tensors |
 | SHA-256 of the tensors | `{digest}` |
 
@@ -41,13 +43,16 @@ On {examples} held-out examples that no client trains on:
 | AUROC | {initial_auroc} | {test_auroc} |
 | macro-F1 | {initial_macro_f1} | {test_macro_f1} |
 | loss (nats) | {initial_loss} | {test_loss} |
+| expected calibration error | {initial_ece} | {test_ece} |
 
 Confusion matrix (rows: true class, columns: predicted): `{confusion_matrix}`
 
 ![Learning curve](learning-curve.png)
 
-`best.safetensors` is the model with the highest accuracy on these same examples, so its own figure
-is an optimistic one.
+`best.safetensors` is the model with the highest accuracy on these same examples ({best}), so its
+own figure is an optimistic one.
+
+{federated}
 
 ## Data
 
@@ -56,7 +61,8 @@ is an optimistic one.
 ## Intended use
 
 Research and teaching of federated learning. `model.safetensors` is read by `safetensors` in any
-framework; its metadata names the run and the round.
+framework; its metadata names the run and the round. `fedfog predict` applies it to a file, and
+`fedfog export` writes it as ONNX.
 
 ## Limits
 
@@ -82,7 +88,8 @@ _OWN_DATA = (
 def summarize(run: Run, status: Status, error: str = "", held: bool = False) -> Summary:
     """The summary of what the history has."""
     settings, history = run.info.settings, run.history
-    initial, last = history.initial, _newest(history)
+    initial, last, best = history.initial, _newest(history), history.best()
+    completed = status is Status.COMPLETED
     return Summary(
         run=run.info.run,
         status=status,
@@ -96,6 +103,11 @@ def summarize(run: Run, status: Status, error: str = "", held: bool = False) -> 
         test_auroc=last and last.auroc,
         test_macro_f1=last and last.macro_f1,
         test_loss=last and last.loss,
+        test_ece=last and last.ece,
+        best_round=best and best.round,
+        best_accuracy=best and best.accuracy,
+        federated=history.federated,
+        early_stop=run.ends_early_with(history.rounds) if completed else "",
         initial_accuracy=initial and initial.accuracy,
         initial_loss=initial and initial.loss,
         seconds=round(run.seconds, 3),
@@ -125,9 +137,10 @@ def save_model(path: Path, meta: ModelMeta, checkpoint: Checkpoint) -> None:
 
 def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: str) -> None:
     """`README.md`, the model card. Raises OSError."""
-    final = _newest(run.history)
+    final, best = _newest(run.history), run.history.best()
     data, limits = _DATA.get(summary.task.partition("-")[0], _OWN_DATA)
-    fields = run.info.settings | summary.model_dump() | _cells("initial", run.history.initial)
+    settings = run.settings
+    fields = settings.model_dump() | summary.model_dump() | _cells("initial", run.history.initial)
     fields |= _cells("test", final)
     fields |= {
         "regions": ", ".join(summary.regions) or "none",
@@ -137,14 +150,40 @@ def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: s
         "digest": checkpoint.digest,
         "examples": f"{final.num_examples:,}" if final else "?",
         "confusion_matrix": final.confusion_matrix if final else "unknown",
+        "stopped": summary.early_stop and f" ({summary.early_stop})",
+        "local_work": f"{settings.local_steps} batches"
+        if settings.local_steps
+        else f"{settings.local_epochs} epochs",
+        "best": f"{best.accuracy:.4f}, model {best.round}" if best else "unknown",
+        "federated": "\n".join(_federated(summary.federated)),
     }
     text = _CARD.format(**fields, description=description, data=data, limits=limits)
     write_atomically(run.folder / "README.md", text.encode())
 
 
+def _federated(told: FinalEvaluation | None) -> Iterator[str]:
+    """The model card's lines on the clients' own examples."""
+    if told is None or told.overall is None:
+        yield "The clients have not evaluated the final model on examples of their own."
+        return
+    yield "On the clients' own validation examples, as these say, the final model:"
+    yield ""
+    yield "| | clients | examples | accuracy | between clients | worst client |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, found in {"all": told.overall, **told.regions}.items():
+        yield (
+            f"| {name} | {found.num_clients} | {found.num_examples:,} | {found.accuracy:.4f} "
+            f"| {found.mean_accuracy:.4f} ± {found.std_accuracy:.4f} "
+            f"| {found.worst_accuracy:.4f} ({found.worst_client}) |"
+        )
+    if told.missing:
+        names = ", ".join(told.missing_clients)
+        yield f"\nThe word of {told.missing} more did not come in time{names and ': '}{names}."
+
+
 def _cells(prefix: str, evaluation: Evaluation | None) -> dict[str, str]:
     cells = {}
-    for name in ("accuracy", "auroc", "macro_f1", "loss"):
+    for name in ("accuracy", "auroc", "macro_f1", "loss", "ece"):
         value = getattr(evaluation, name) if evaluation else None
         cells[f"{prefix}_{name}"] = "unknown" if value is None else f"{value:.4f}"
     return cells
@@ -153,11 +192,19 @@ def _cells(prefix: str, evaluation: Evaluation | None) -> dict[str, str]:
 def save_curve(run: Run) -> None:
     """`learning-curve.png`: metrics and loss over the rounds. Raises OSError."""
     path = run.folder / "learning-curve.png"
-    points = [evaluation.model_dump() for evaluation in run.history.evaluations]
+    history = run.history
+    federated = sorted(history.federated_accuracy.items())
+    if history.federated and history.federated.overall:
+        federated.append((history.rounds, history.federated.overall.accuracy))
+    curve = {
+        "title": run.info.run,
+        "points": [evaluation.model_dump() for evaluation in history.evaluations],
+        "federated": federated,
+    }
     try:
         drawn = subprocess.run(
             [sys.executable, "-m", "fedfog_central_server.curve"],
-            input=json.dumps({"title": run.info.run, "points": points}).encode(),
+            input=json.dumps(curve).encode(),
             stdout=subprocess.PIPE,
             timeout=CURVE_SECONDS,
             check=True,

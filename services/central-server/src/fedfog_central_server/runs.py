@@ -27,7 +27,7 @@ log = structlog.get_logger()
 M = TypeVar("M", bound=BaseModel)
 
 # What `fedfog run` can choose.
-CHOOSABLE = ("rounds", *Training.model_fields, *StrategySettings.model_fields)
+CHOOSABLE = ("rounds", "early_stop_rounds", *Training.model_fields, *StrategySettings.model_fields)
 # A run is the same job only while these are the same.
 DEFINING = ("task", *CHOOSABLE)
 # The id in messages gets a suffix at each rewind, and may have 63 characters.
@@ -66,6 +66,22 @@ class Run:
     def seconds(self) -> float:
         """How long the run has been worked on, over all starts of the server."""
         return self._before + time.monotonic() - self._since
+
+    def ends_early_with(self, round_: int) -> str:
+        """Why the model of this round is the last one, before ROUNDS; empty if it is not.
+
+        The models before it decide, so that clients train while one is evaluated, and a restart
+        finds the same.
+        """
+        patience, best = self.settings.early_stop_rounds, self.history.best(before=round_)
+        if not patience or best is None or round_ == self.settings.rounds:
+            return ""
+        if round_ - 1 - best.round < patience:
+            return ""
+        return (
+            f"model {best.round} had accuracy {best.accuracy:.4f}, and none of the "
+            f"{round_ - 1 - best.round} after it a higher one (EARLY_STOP_ROUNDS={patience})"
+        )
 
     def save_info(self) -> None:
         """Raises OSError."""

@@ -18,7 +18,7 @@ from fedfog.control import Answer, Asked, Control, ResumeCommand, RunCommand, St
 from fedfog.core.quota import Quota
 from fedfog.health import BEAT_SECONDS, Heartbeat
 from fedfog.messages.codec import CodecError, decode_json
-from fedfog.messages.schemas import Bell, Bridge
+from fedfog.messages.schemas import Bell, Bridge, ClientEvaluation, RoundRecord
 from fedfog.messages.topics import is_name
 from fedfog.runs import Status
 from fedfog.settings import CentralSettings
@@ -29,6 +29,7 @@ from fedfog_central_server.flower_side import FlowerSide
 from fedfog_central_server.learning import Evaluated, InitialModel, Learning, LearningFailed
 from fedfog_central_server.retained import RetainedModel
 from fedfog_central_server.runs import Run, open_again, open_at_start, open_new
+from fedfog_central_server.tracking import Tracking
 
 log = structlog.get_logger()
 
@@ -48,12 +49,18 @@ class CentralServer:
         self._settings = settings
         self._topics = topics = settings.topics
         self._bridge_prefix = topics.bridge("")
+        self._evaluations = topics.evaluation("+", "+").removesuffix("+/+")
         self._lines = Quota(LINES)
         self._session = mqtt.Session(
             "fedfog-central-server",
             settings.mqtt_broker,
             settings.mqtt_port,
-            [self._bridge_prefix + "+", topics.bell, topics.global_model],
+            [
+                self._bridge_prefix + "+",
+                self._evaluations + "+/+",
+                topics.bell,
+                topics.global_model,
+            ],
             timeout=settings.mqtt_timeout,
             tls=Identity.of(settings.tls_dir),
         )
@@ -70,6 +77,7 @@ class CentralServer:
         self._control = Control(self._folder, settings.runs_dir, put)
         self._learning = Learning(settings, put)
         self._retained = RetainedModel(self._session, topics.global_model)
+        self._tracking = Tracking(settings.tensorboard_dir) if settings.tensorboard_dir else None
 
     def run(self) -> int:
         """Do the run, then end (EXIT_WHEN_FINISHED) or stand by for commands until SIGTERM;
@@ -84,6 +92,8 @@ class CentralServer:
             self._control.close()
             self._flower.close()
             self._session.stop()
+            if self._tracking is not None:
+                self._tracking.close()
             shutil.rmtree(self._folder, ignore_errors=True)
         failed = self._active is not None and self._active.over is Status.FAILED
         return service.EXIT_FAILED if failed else service.EXIT_OK
@@ -150,6 +160,10 @@ class CentralServer:
             self._retained.heard(payload)
         elif topic == self._topics.bell:
             self._flower.hear_bell(decode_json(payload, Bell))
+        elif topic.startswith(self._evaluations):
+            region, _, client = topic.removeprefix(self._evaluations).partition("/")
+            if payload and is_name(region) and is_name(client) and self._active is not None:
+                self._active.heard(region, client, decode_json(payload, ClientEvaluation))
         elif payload and is_name(region := topic.removeprefix(self._bridge_prefix)):
             self._flower.hear_bridge(region, decode_json(payload, Bridge))
 
@@ -175,7 +189,7 @@ class CentralServer:
             run,
             self._learning,
             self._retained,
-            lambda record: self._session.publish(self._topics.history, record.to_json()),
+            lambda record: self._tell(run.info.run, record),
         )
         self._active = active
         active.begin()
@@ -185,15 +199,22 @@ class CentralServer:
             self._end_run(Status.FAILED, str(error))
             raise
 
+    def _tell(self, run: str, record: RoundRecord) -> None:
+        self._session.publish(self._topics.history, record.to_json())
+        if self._tracking is not None:
+            self._tracking.add(run, record)
+
     def _end_run(
         self, status: Status, error: str = "", *, held: bool = False, leaving: bool = False
     ) -> None:
         """End the run in progress, if there is one, and write its results."""
         leaving = leaving or self._settings.exit_when_finished
-        self._flower.detach(done=status is Status.COMPLETED)
+        active = self._in_progress
+        # Its ServerApp is at the next round of a run that ends early.
+        self._flower.detach(done=status is Status.COMPLETED and not (active and active.early))
         if leaving:
             self._flower.terminate()  # it ends while the results are written
-        if (active := self._in_progress) is not None:
+        if active is not None:
             active.end(status, error, held=held, curve=status is not Status.STOPPED)
 
     # Commands

@@ -37,7 +37,7 @@ from fedfog.transport import mqtt
 from fedfog.transport.network import Network, SharedSession
 from fedfog.transport.tls import Identity
 from fedfog_client.outbox import Outbox
-from fedfog_client.trainer import Job, Trained, Trainer
+from fedfog_client.trainer import Evaluated, Job, Trained, Trainer
 
 
 class ModelReader:
@@ -96,6 +96,7 @@ class Client:
         )
         self._model: TensorMessage[ModelMeta] | None = None
         self._slot: Slot | None = None
+        self._evaluation: bytes | None = None  # of the last model of the run that has finished
         region, client = self._region, self.id
         self.session = SharedSession(
             network,
@@ -146,11 +147,14 @@ class Client:
     def _translate(self, event: Any) -> core.Event | None:
         match event:
             case mqtt.Connected():
+                self._publish_evaluation()
                 return core.Connected()
             case mqtt.Disconnected(reason):
                 self.log.warning("mqtt_disconnected", reason=reason)
             case Trained():
                 return self._trained(event)
+            case Evaluated():
+                self._evaluated(event)
             case mqtt.Received(topic, payload) if payload:
                 try:
                     return self._message(topic, payload)
@@ -227,6 +231,28 @@ class Client:
         self._outbox.put(encode(meta, trained.table, trained.vector))
         return core.Trained(job.run, job.round)
 
+    def _evaluated(self, evaluated: Evaluated) -> None:
+        """The end of a run: say how its last model does."""
+        found = evaluated.evaluation
+        if found is None:
+            self._run_finished(self, True)
+            return
+        self.log.info(
+            "finished_model_evaluated",
+            run=found.run,
+            round=found.round,
+            examples=found.num_examples,
+            accuracy=round(found.accuracy, 4),
+        )
+        self._evaluation = found.to_json()
+        self._publish_evaluation()
+
+    def _publish_evaluation(self) -> None:
+        """Retained, for a server that is just starting again."""
+        topic = self._topics.evaluation(self._region, self.id)
+        if self._evaluation and self.session.publish(topic, self._evaluation, retain=True):
+            self._run_finished(self, True)
+
     # From actions to messages
 
     def _apply(self, event: core.Event, now: float) -> None:
@@ -236,9 +262,8 @@ class Client:
                     topic = self._topics.presence(self._region, self.id)
                     self.session.publish(topic, self._presence(online=True), retain=True)
                 case core.Train(run, round_):
-                    assert self._model is not None and (self._core.own_data or self._slot)
-                    slot = None if self._core.own_data else self._slot
-                    self._trainer.submit(Job(self.id, run, round_, self._model, slot))
+                    self._evaluation = None
+                    self._submit(run, round_)
                 case core.CancelTraining():
                     self._trainer.cancel(self.id)
                 case core.Send(run, round_, attempt, why):
@@ -249,7 +274,15 @@ class Client:
                     level(f"update_{verdict}", update=self._update_id(run, round_), reason=reason)
                 case core.RunFinished(run, took_part):
                     self.log.info("run_finished", run=run, took_part=took_part)
-                    self._run_finished(self, took_part)
+                    if took_part and (self._core.own_data or self._slot):
+                        self._submit(run, self._core.round)
+                    else:
+                        self._run_finished(self, took_part)
+
+    def _submit(self, run: str, round_: int) -> None:
+        assert self._model is not None and (self._core.own_data or self._slot)
+        slot = None if self._core.own_data else self._slot
+        self._trainer.submit(Job(self.id, run, round_, self._model, slot))
 
     def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
         payload = self._outbox.payload

@@ -20,7 +20,7 @@ from fedfog.transport.tls import Identity
 from fedfog_client.client import Client, ModelReader
 from fedfog_client.events import Failed, Ready
 from fedfog_client.outbox import Outbox
-from fedfog_client.trainer import Trained, Trainer, TrainingFailed
+from fedfog_client.trainer import Evaluated, Trained, Trainer, TrainingFailed
 
 log = structlog.get_logger()
 
@@ -115,7 +115,7 @@ class Process:
                     self._lose(name, error)
                 self._end(self._clients.get(name), error)
                 return
-            case Trained(job):
+            case Trained(job) | Evaluated(job):
                 client = self._clients.get(job.client)
             case _:
                 client = self._by_session.get(session)

@@ -19,7 +19,14 @@ import structlog
 
 from fedfog.core.partition import slot_indices
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector
-from fedfog.messages.schemas import MAX_LOSS, ClientMetrics, ModelMeta, Slot
+from fedfog.messages.schemas import (
+    MAX_LOSS,
+    ClientEvaluation,
+    ClientMetrics,
+    ModelMeta,
+    RunState,
+    Slot,
+)
 from fedfog.ml.runtime import load_torch
 from fedfog.service import ServiceError
 from fedfog.settings import ClientSettings
@@ -30,13 +37,17 @@ log = structlog.get_logger()
 @dataclass(frozen=True)
 class Job:
     """Train from this global model for `round`: on this slot or, without one, on the client's own
-    data."""
+    data. A finished model is evaluated only."""
 
     client: str
     run: str
     round: int
     model: TensorMessage[ModelMeta]
     slot: Slot | None
+
+    @property
+    def finished(self) -> bool:
+        return self.model.meta.state is RunState.FINISHED
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """How a run's finished model does on the client's validation examples; None: it has none."""
+
+    job: Job
+    evaluation: ClientEvaluation | None
+
+
+@dataclass(frozen=True)
 class TrainingFailed:
     """The client's training failed; if no client is named, none can train."""
 
@@ -64,7 +83,9 @@ class Trainer(threading.Thread):
     here, after the connection is under way."""
 
     def __init__(
-        self, settings: ClientSettings, report: Callable[[Trained | TrainingFailed], None]
+        self,
+        settings: ClientSettings,
+        report: Callable[[Trained | Evaluated | TrainingFailed], None],
     ) -> None:
         super().__init__(name="trainer", daemon=True)
         self._settings = settings
@@ -77,7 +98,7 @@ class Trainer(threading.Thread):
     def submit(self, job: Job) -> None:
         """Train, unless the client sits this round out."""
         self._wanted[job.client] = job
-        if self._settings.client_dropout and self._sits_out(job):
+        if self._settings.client_dropout and not job.finished and self._sits_out(job):
             self._absent[job.client] = job
             log.info("sits_round_out", client=job.client, round=job.round)
         else:
@@ -133,6 +154,9 @@ class Trainer(threading.Thread):
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
         received = evaluate(task, model, validation) if len(validation) else None
+        if job.finished:
+            self._report(Evaluated(job, _evaluation(job, received)))
+            return
         result = training.train_local(
             task,
             model,
@@ -269,6 +293,16 @@ class Trainer(threading.Thread):
         )
         train, validate = (TensorDataset(*(t[r] for t in tensors)) for r in (kept, validation))
         return train, validate
+
+
+def _evaluation(job: Job, metrics: Any) -> ClientEvaluation | None:
+    return metrics and ClientEvaluation(
+        run=job.run,
+        round=job.model.meta.round,
+        num_examples=metrics.num_examples,
+        loss=_told(metrics.loss),
+        accuracy=metrics.accuracy,
+    )
 
 
 def _told(loss: float) -> float | None:

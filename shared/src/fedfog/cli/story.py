@@ -171,6 +171,13 @@ class Story:
             if first.loss is not None and last.loss is not None:
                 line += f", loss {_change(first.loss, last.loss)}"
         self._console.print(line, soft_wrap=True)
+        if history.federated and (own := history.federated.overall):
+            self._console.print(
+                f"{own.num_clients} clients on {own.num_examples} validation examples of their "
+                f"own: accuracy {own.accuracy:.4f}, at worst {own.worst_accuracy:.4f} "
+                f"({own.worst_client})",
+                soft_wrap=True,
+            )
         self._console.print(
             f"Results: {folder}/ (README.md is the model's card, logs/ has what each tier did)",
             soft_wrap=True,
