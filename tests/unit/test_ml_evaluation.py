@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedfog.ml.ecg5000 import Ecg5000, Ecg5000FiveClass
@@ -101,6 +101,17 @@ def test_confusion_matrix_has_a_row_and_a_column_for_every_class() -> None:
     matrix = np.array(evaluate_full(FIVE, nn.Identity(), data).confusion_matrix)
     assert matrix.shape == (5, 5)
     assert matrix[0, 0] == matrix[3, 1] == 1
+
+
+def test_metrics_of_the_tasks_own_are_told_beside_the_others() -> None:
+    class Counting(Ecg5000):
+        def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+            return {"positive": int((outputs > 0).sum()), "normal": int((targets == 0).sum())}
+
+    data = given_outputs([[1.0], [2.0], [-3.0]], [0, 1, 1])
+    full = evaluate_full(Counting(Path()), nn.Identity(), data)
+    assert full.task == {"positive": 2.0, "normal": 1.0}
+    assert evaluate_full(BINARY, nn.Identity(), data).task == {}
 
 
 @pytest.mark.parametrize("sign", [1, -1])

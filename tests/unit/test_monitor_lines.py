@@ -29,6 +29,7 @@ EVALUATION = schemas.Evaluation(
     auroc=0.9891,
     macro_f1=0.9485,
     confusion_matrix=[[1, 2], [3, 4]],
+    task={"kappa": 0.75, "f2": None},
 )
 FEDERATED = schemas.FederatedEvaluation(
     num_clients=2,
@@ -91,6 +92,7 @@ MESSAGES: list[tuple[str, schemas.Payload, list[str]]] = [
             "3 clients",
             "1,449 examples",
             "accuracy 0.9502",
+            "kappa 0.7500, f2 not finite",
             "AUROC 0.9891",
             "loss 0.2372",
             "2 tensors",

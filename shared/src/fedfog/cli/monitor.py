@@ -250,9 +250,13 @@ def _evaluation(evaluation: schemas.Evaluation) -> str:
     """Metrics of a model on the held-out examples."""
     auroc = "undefined" if evaluation.auroc is None else f"{evaluation.auroc:.4f}"
     loss = "not finite" if evaluation.loss is None else f"{evaluation.loss:.4f}"
+    own = (
+        f", {name} {'not finite' if value is None else f'{value:.4f}'}"
+        for name, value in evaluation.task.items()
+    )
     return (
         f"model {evaluation.round}: accuracy {evaluation.accuracy:.4f}, AUROC {auroc}, "
-        f"macro-F1 {evaluation.macro_f1:.4f}, loss {loss}"
+        f"macro-F1 {evaluation.macro_f1:.4f}, loss {loss}" + "".join(own)
     )
 
 

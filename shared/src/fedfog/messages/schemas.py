@@ -129,6 +129,9 @@ class Evaluation(BaseModel):
         description="expected calibration error, 15 bins; none if the scores are not finite",
     )
     confusion_matrix: list[list[int]] = Field(description="rows: true class, columns: predicted")
+    task: dict[str, float | None] = Field(
+        default_factory=dict, description="metrics of the task's own; none if one is not finite"
+    )
 
 
 class FederatedEvaluation(BaseModel):

@@ -29,13 +29,14 @@ class FullMetrics(Metrics):
 
     `auroc` is one-vs-rest, averaged over the classes that occur; None if only one does. `ece` is
     the expected calibration error. Both are None if the scores are not finite. Rows of
-    `confusion_matrix` are true classes, columns predicted ones.
+    `confusion_matrix` are true classes, columns predicted ones. `task` has the task's own metrics.
     """
 
     auroc: float | None
     macro_f1: float
     ece: float | None
     confusion_matrix: list[list[int]]
+    task: dict[str, float]
 
 
 def evaluate(task: Task, model: nn.Module, dataset: TensorDataset) -> Metrics:
@@ -68,6 +69,7 @@ def evaluate_full(task: Task, model: nn.Module, dataset: TensorDataset) -> FullM
         macro_f1=_macro_f1(matrix),
         ece=ece,
         confusion_matrix=matrix.tolist(),
+        task={name: float(value) for name, value in task.metrics(outputs, targets).items()},
     )
 
 
