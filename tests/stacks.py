@@ -45,12 +45,16 @@ def images(engine: None) -> None:
 
 
 class Project:
-    """One compose project: a name of its own, and no settings but those it is given."""
+    """One compose project: a name of its own, and no settings but those it is given.
 
-    def __init__(self, name: str, env_file: Path, file: str, settings: dict[str, str]) -> None:
+    `files` are merged, as `COMPOSE_FILE=a.yaml:b.yaml` does it.
+    """
+
+    def __init__(self, name: str, env_file: Path, files: str, settings: dict[str, str]) -> None:
         self.name = name
-        self._command = ["docker", "compose", "--env-file", str(env_file)]
-        self._command += ["-p", name, "-f", str(REPOSITORY / file)]
+        self._command = ["docker", "compose", "--env-file", str(env_file), "-p", name]
+        for file in files.split(":"):
+            self._command += ["-f", str(REPOSITORY / file)]
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME") or "DOCKER" in k}
         self._environment = kept | {"MQTT_HOST_PORT": "0", "ENROLMENT_HOST_PORT": "0"} | settings
 
@@ -111,8 +115,8 @@ def projects(folder: Path) -> Iterator[Stack]:
     name = f"fedfog-test-{uuid.uuid4().hex[:8]}"
     made: list[Project] = []
 
-    def make(file: str = "compose.yaml", suffix: str = "", **settings: str) -> Project:
-        made.append(Project(name + suffix, env_file, file, settings))
+    def make(files: str = "compose.yaml", suffix: str = "", **settings: str) -> Project:
+        made.append(Project(name + suffix, env_file, files, settings))
         return made[-1]
 
     try:

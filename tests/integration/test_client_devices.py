@@ -57,7 +57,8 @@ class Device:
     def sits_out(self, round: int) -> bool:
         """Whether it sits this round out; otherwise it trains."""
         line = self.service.wait_for_log(f'"round": {round}, .*"event": "(sits_round_out|epoch)"')
-        return json.loads(line)["event"] == "sits_round_out"
+        event: str = json.loads(line)["event"]
+        return event == "sits_round_out"
 
 
 Start = Callable[..., Device]
