@@ -270,12 +270,6 @@ class PartialMeta(Payload):
     suspicious_more: int = Field(default=0, ge=0, description="such members beyond those")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
 
-    @model_validator(mode="after")
-    def _of_its_clients(self) -> "PartialMeta":
-        if self.federated and self.federated.num_clients > self.num_clients:
-            raise ValueError("more clients have evaluated than there are")
-        return self
-
     @property
     def id(self) -> str:
         return f"{self.run}/{self.round}/{self.region}"
