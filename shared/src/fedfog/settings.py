@@ -347,6 +347,10 @@ class StrategySettings(BaseModel):
     )
 
 
+# What `fedfog run` and a sweep can choose for a run, on a server that stands.
+CHOOSABLE = ("rounds", "early_stop_rounds", *Training.model_fields, *StrategySettings.model_fields)
+
+
 class CentralSettings(DataSettings, _WithRegions, _WithAggregation, StrategySettings, Training):
     """Settings of the central server."""
 

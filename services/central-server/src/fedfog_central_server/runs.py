@@ -15,10 +15,10 @@ import structlog
 from pydantic import BaseModel, ValidationError
 
 from fedfog.files import sync_folder, write_atomically
-from fedfog.messages.schemas import RegionShare, RoundRecord, Training
+from fedfog.messages.schemas import RegionShare, RoundRecord
 from fedfog.runs import CHECKPOINTS, Rewind, RunInfo, Status, Summary, listed
 from fedfog.service import ServiceError
-from fedfog.settings import CentralSettings, StrategySettings
+from fedfog.settings import CHOOSABLE, CentralSettings
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedfog_central_server.history import HistoryFile
 
@@ -26,8 +26,6 @@ log = structlog.get_logger()
 
 M = TypeVar("M", bound=BaseModel)
 
-# What `fedfog run` can choose.
-CHOOSABLE = ("rounds", "early_stop_rounds", *Training.model_fields, *StrategySettings.model_fields)
 # A run is the same job only while these are the same.
 DEFINING = ("task", *CHOOSABLE)
 # The id in messages gets a suffix at each rewind, and may have 63 characters.

@@ -47,18 +47,13 @@ from fedfog.control import (
     ask,
 )
 from fedfog.files import write_atomically
-from fedfog.messages.schemas import Training
 from fedfog.messages.topics import NAME_PATTERN
 from fedfog.runs import Status
 from fedfog.service import EXIT_FAILED, EXIT_OK, ServiceError
+from fedfog.settings import CHOOSABLE
 
 POLL_SECONDS = 0.2
 NAME_LENGTH = 40  # of the part that says which point of the grid it is
-OF_A_RUN = {
-    *("rounds", "early_stop_rounds"),
-    *Training.model_fields,
-    *services.StrategySettings.model_fields,
-}
 HOW_ONLY = {"processes", "data_dir", "secure", "broker"}  # nothing of it is in the figures
 
 Scalar = str | bool | int | float
@@ -126,9 +121,9 @@ class Sweep(BaseModel):
             chosen = dict(self.settings)
             for value in point:
                 chosen |= value.settings
-            if unknown := sorted(chosen.keys() - (OF_A_RUN - {"seed"})):
+            if unknown := sorted(chosen.keys() - {*CHOOSABLE} | chosen.keys() & {"seed"}):
                 raise SweepError(
-                    f"{unknown[0]}: not a setting of a run. These are {', '.join(sorted(OF_A_RUN))}"
+                    f"{unknown[0]}: not a setting of a run. These are {', '.join(CHOOSABLE)}"
                     " (the seed has a list of its own, `seeds`); others can stand in [stack]"
                 )
             labels = dict(zip(self.grid, (value.label for value in point), strict=True))
@@ -168,7 +163,7 @@ class Planned:
             detail = error.errors(include_url=False)[0]
             name = str(detail["loc"][0]) if detail["loc"] else "settings"
             raise SweepError(f"{name} = {detail['input']!r}: {detail['msg']}") from error
-        return known.model_dump(mode="json", include=OF_A_RUN)
+        return known.model_dump(mode="json", include={*CHOOSABLE})
 
 
 def _names(points: Sequence[Sequence[Scalar]]) -> list[str]:
@@ -279,8 +274,8 @@ def _environment(stack: Stack) -> dict[str, str]:
     classes = [kind for kind in vars(services).values() if isinstance(kind, type)]
     known = {name for kind in classes for name in getattr(kind, "model_fields", ())}
     for name in stack.model_extra or {}:
-        if name not in known or name in OF_A_RUN:
-            where = "a setting of a run: [settings] or [grid]" if name in OF_A_RUN else "unknown"
+        if name not in known or name in CHOOSABLE:
+            where = "a setting of a run: [settings] or [grid]" if name in CHOOSABLE else "unknown"
             raise SweepError(f"[stack] {name}: {where}")
     patience = {name: os.environ.get(name, str(PATIENCE)) for name in LIMITS}
     return patience | _texts(stack.model_extra or {})
