@@ -53,6 +53,7 @@ def test_finished_model_is_evaluated_by_each_client_of_the_last_round_once(
     region.publish("fl/evaluations/region_0/b", b"garbage")
     say(region, model, "b", 1000, 1000)  # more than all clients had in the round before
     say(region, model, "c", 1, 1)  # was not in the last round
+    say(region, model, "a", 1, 1, region="another")
     say(region, model, "a", 9, 10)
     say(region, model, "a", 0, 10)
     evaluated_all(server, 1)

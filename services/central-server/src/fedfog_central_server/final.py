@@ -37,14 +37,21 @@ class Collection:
     def hear(self, region: str, client: str, said: ClientEvaluation) -> None:
         """Take a client's first word, if it is of the last round and does not claim more examples
         than all had in that."""
-        told, partial = self._last.federated, self._last.regions.get(region)
+        told = self._last.federated
         if told is None or self.complete or said.num_examples > told.num_examples:
             return
-        # What is no region of the record is below one of them.
-        if partial is None or client in partial.members:
+        if self._took_part(region, client):
             name = f"{region}/{client}"
             one = Federated.of(name, said.num_examples, said.loss, said.accuracy)
             self._told.setdefault(name, one)
+
+    def _took_part(self, region: str, client: str) -> bool:
+        """Also if the region may be below one that has regions for members, whose clients are not
+        known by name."""
+        partials = self._last.regions
+        if region in partials:
+            return client in partials[region].members
+        return any(region in p.members or len(p.members) < p.num_clients for p in partials.values())
 
     def result(self) -> FinalEvaluation | None:
         """None if nobody has validation examples."""
