@@ -42,7 +42,8 @@ PAGE = ROOT / "docs" / "robustness.md"
 
 CLIENTS, BEATS, ROUNDS, BATCH = 15, 450, 20, 32
 SEEDS = (101, 102, 103)
-PLACEMENT = 1000  # a stream of random numbers of its own
+PLACEMENT = 1000  # from here on, streams of random numbers of their own
+DRAWS = 3  # of the attackers, for the recommended rule where they matter; all else is of the first
 RECOMMENDED = "geometric_median"
 RULES = ("fedavg", *get_args(Rule))
 NO_ATTACK = "no attack"
@@ -60,7 +61,8 @@ FURTHER = {
     "largest": "sign flip, but the attackers are the clients with the most beats",
     "alie 1.5": "alie with z = 1.5",
 }
-SKEWS = {"near-IID": 100.0, "Dirichlet 0.5": 0.5}
+SKEWED = "Dirichlet 0.5"
+SKEWS = {"near-IID": 100.0, SKEWED: 0.5}
 RATES = {"Adam": 1e-3, "SGD": 0.1}
 
 Vector = NDArray[np.float32]
@@ -75,17 +77,20 @@ class Cell:
     rule: str
     attack: str
     seed: int
+    draw: int = 0
 
     @property
     def key(self) -> str:
         fields = (self.optimizer, self.skew, self.percent, self.rule, self.attack, self.seed)
-        return "/".join(map(str, fields))
+        return "/".join(map(str, fields)) + (f"/{self.draw}" if self.draw else "")
 
 
 def cells() -> Iterator[Cell]:
     """All of them, those that matter most first."""
     first = (RECOMMENDED, "fedavg")
     others = tuple(rule for rule in RULES if rule not in first)
+    for draw, optimizer, attack, seed in itertools.product(range(DRAWS), RATES, ATTACKS, SEEDS):
+        yield Cell(optimizer, SKEWED, 20, RECOMMENDED, attack, seed, draw)
     for rules, percent, attacks in (
         (first, 0, (NO_ATTACK,)),
         (first, 20, (*ATTACKS, *FURTHER)),
@@ -104,12 +109,11 @@ class Federation:
     """The clients of one seed and skew, and how they train."""
 
     def __init__(self, task: Ecg5000, skew: str, seed: int) -> None:
-        generator = np.random.default_rng([seed, list(SKEWS).index(skew)])
+        self._which = [seed, list(SKEWS).index(skew)]
+        generator = np.random.default_rng(self._which)
         labels = task.training_labels()
         self.parts = _partition(generator, labels, SKEWS[skew])
         self.examples = [len(part) for part in self.parts]
-        placement = np.random.default_rng([seed, list(SKEWS).index(skew), PLACEMENT])
-        self._drawn = placement.permutation(CLIENTS).tolist()
         self.task, self.seed = task, seed
         self.module = task.build_model(seed)
         data = task.training_data(np.arange(len(labels)))
@@ -119,10 +123,14 @@ class Federation:
         self.start: Vector = np.concatenate([state[name].numpy().ravel() for name in self.shapes])
         self._gradients = vmap(grad(self._loss))
 
-    def attackers(self, percent: int, attack: str) -> list[int]:
+    def attackers(self, percent: int, attack: str, draw: int) -> list[int]:
         """Numbers of the clients that attack; those of 20 % do so at 40 %, too."""
         f = CLIENTS * percent // 100
-        return [*range(CLIENTS - f, CLIENTS)] if attack == "largest" else self._drawn[:f]
+        if attack == "largest":
+            return [*range(CLIENTS - f, CLIENTS)]
+        placement = np.random.default_rng([*self._which, PLACEMENT + draw])
+        drawn: list[int] = placement.permutation(CLIENTS).tolist()
+        return drawn[:f]
 
     def train(
         self, base: Vector, clients: list[int], flipped: set[int], round: int, optimizer: str
@@ -223,7 +231,7 @@ def poison(
 def run(federation: Federation, cell: Cell) -> dict[str, float]:
     """Accuracy of the last model (percent; 0 if it diverged), the attackers' share of the beats,
     and the share of attackers and of honest clients that the rule put on record."""
-    bad = federation.attackers(cell.percent, cell.attack)
+    bad = federation.attackers(cell.percent, cell.attack, cell.draw)
     f = len(bad)
     good = [client for client in range(CLIENTS) if client not in bad]
     examples = [federation.examples[client] for client in (*bad, *good)]
@@ -309,6 +317,7 @@ def blocks(results: Results) -> dict[str, str]:
     for optimizer, skew, percent in itertools.product(RATES, SKEWS, (20, 40)):
         made[f"{optimizer}, {skew}, {percent} %"] = _table(results, optimizer, skew, percent)
     made["further"] = _further(results)
+    made["placement"] = _placement(results)
     made["named"] = _named(results)
     return made
 
@@ -338,6 +347,29 @@ def _further(results: Results) -> str:
         under = [accuracies(results, optimizer, skew, 20, rule, attack) for attack in FURTHER]
         rows.append([f"{optimizer}, {skew}", f"`{rule}`", *map(_cell, [clean, *under])])
     return _rows(["setting", "rule", NO_ATTACK, *FURTHER], rows)
+
+
+def _placement(results: Results) -> str:
+    """Of each draw that was run whole, by the attackers' share of the beats: the worst loss."""
+    rows = []
+    for seed, draw in itertools.product(SEEDS, range(DRAWS)):
+        share, losses = 0.0, []
+        for optimizer in RATES:
+            clean = Cell(optimizer, SKEWED, 0, RECOMMENDED, NO_ATTACK, seed).key
+            keys = [Cell(optimizer, SKEWED, 20, RECOMMENDED, a, seed, draw).key for a in ATTACKS]
+            if not all(key in results for key in (clean, *keys)):
+                losses.append("not run")
+                continue
+            share = results[keys[0]]["beats"]
+            loss = {
+                a: results[clean]["accuracy"] - results[k]["accuracy"]
+                for a, k in zip(ATTACKS, keys, strict=True)
+            }
+            worst = max(ATTACKS, key=loss.__getitem__)
+            losses.append(f"{loss[worst]:.1f} ({worst})")
+        rows.append((share, [f"{share:.0%}" if share else "", f"{seed}", *losses]))
+    heads = ["attackers' share of the beats", "seed", *(f"worst loss, {o}" for o in RATES)]
+    return _rows(heads, [row for _, row in sorted(rows)])
 
 
 def _cell(values: list[float]) -> str:
