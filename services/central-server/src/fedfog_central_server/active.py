@@ -291,7 +291,7 @@ class ActiveRun:
         try:
             if self.checkpoint is not None:
                 self._save("model.safetensors", self.checkpoint)
-                results.save_card(self.run, summary, self.checkpoint, self._learning.description)
+                results.save_card(self.run, summary, self.checkpoint, self._learning.card)
                 if curve:
                     results.save_curve(self.run)
             results.save_summary(self.run, summary)  # last: it says that all the rest is there

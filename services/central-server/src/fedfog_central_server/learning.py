@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 # Rounds that are much faster than an evaluation would pile up models: the oldest go without.
 MAX_WAITING = 8
+OF_CARD = ("description", "data_statement", "limits")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Learning:
 
     def __init__(self, settings: CentralSettings, put: Callable[[Any], None]) -> None:
         self._settings, self._put = settings, put
-        self.description = ""
+        self.card = dict.fromkeys(OF_CARD, "")  # what the task says for it, once it is loaded
         self._jobs: queue.Queue[_Job] = queue.Queue()
         # A daemon: an import or an evaluation must not hold up the end of the service.
         threading.Thread(target=self._work, name="learning", daemon=True).start()
@@ -113,7 +114,7 @@ class Learning:
         from fedfog.ml.task import load_task
 
         task = load_task(self._settings.task, data_dir=self._settings.data_dir)
-        self.description = task.description
+        self.card = {name: getattr(task, name) for name in OF_CARD}
         return task
 
     @cached_property

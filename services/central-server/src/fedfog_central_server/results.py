@@ -4,7 +4,7 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedfog.files import write_atomically
@@ -56,7 +56,7 @@ own figure is an optimistic one.
 
 ## Data
 
-{data}
+{data_statement}
 
 ## Intended use
 
@@ -68,21 +68,6 @@ framework; its metadata names the run and the round. `fedfog predict` applies it
 
 {limits}
 """
-
-_DATA = {
-    "ecg5000": (
-        "ECG5000 of the UCR archive: 500 heartbeats for training, dealt to the clients, and 4,500 "
-        "for the test.",
-        "All beats are from ONE patient with severe congestive heart failure. The figures say "
-        "nothing about other people, devices or arrhythmias.\n\n**This is not a medical device.** "
-        "It must not be used for diagnosis, monitoring or treatment.",
-    )
-}
-_OWN_DATA = (
-    "The data set of a task of the user's own (setting `TASK`).",
-    "Nothing is known here about the data: judge the figures with its owner. The model was not "
-    "checked for medical or any other safety-critical use.",
-)
 
 
 def summarize(run: Run, status: Status, error: str = "", held: bool = False) -> Summary:
@@ -135,10 +120,11 @@ def save_model(path: Path, meta: ModelMeta, checkpoint: Checkpoint) -> None:
     write_atomically(path, encode(meta, checkpoint.table, checkpoint.vector))
 
 
-def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: str) -> None:
+def save_card(
+    run: Run, summary: Summary, checkpoint: Checkpoint, of_task: Mapping[str, str]
+) -> None:
     """`README.md`, the model card. Raises OSError."""
     final, best = _newest(run.history), run.history.best()
-    data, limits = _DATA.get(summary.task.partition("-")[0], _OWN_DATA)
     settings = run.settings
     fields = settings.model_dump() | summary.model_dump() | _cells("initial", run.history.initial)
     fields |= _cells("test", final)
@@ -157,7 +143,7 @@ def save_card(run: Run, summary: Summary, checkpoint: Checkpoint, description: s
         "best": f"{best.accuracy:.4f}, model {best.round}" if best else "unknown",
         "federated": "\n".join(_federated(summary.federated)),
     }
-    text = _CARD.format(**fields, description=description, data=data, limits=limits)
+    text = _CARD.format(**fields, **of_task)
     write_atomically(run.folder / "README.md", text.encode())
 
 

@@ -31,6 +31,15 @@ class Ecg5000(Task):
     description = "normal or abnormal heartbeat, from one ECG beat of 140 samples"
     class_names: tuple[str, ...] = ("normal", "abnormal")
     input_shape = (1, BEAT)
+    data_statement = (
+        "ECG5000 of the UCR archive: 500 heartbeats for training, dealt to the clients, and 4,500 "
+        "for the test."
+    )
+    limits = (
+        "All beats are from ONE patient with severe congestive heart failure. The figures say "
+        "nothing about other people, devices or arrhythmias.\n\n**This is not a medical device.** "
+        "It must not be used for diagnosis, monitoring or treatment."
+    )
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir / "ECG5000"

@@ -55,12 +55,18 @@ class Task(ABC):
         description: what is told apart by what, for the model's card.
         class_names: class 0 first.
         input_shape: of an example that is read from a row of a table; default: flat, as it is.
+        data_statement, limits: whose the data are and what the model is not for, in the card.
     """
 
     name: str
     description: str
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...] = (-1,)
+    data_statement: str = "The task says nothing about its data."
+    limits: str = (
+        "Nothing is known here about the data: judge the figures with its owner. The model was not "
+        "checked for medical or any other safety-critical use."
+    )
 
     @abstractmethod
     def new_model(self) -> nn.Module:
