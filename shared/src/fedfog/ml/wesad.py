@@ -210,6 +210,15 @@ class Wesad(Task):
     description = "stress or no stress, from 60 s of chest and wrist signals scaled by subject"
     class_names = ("no stress", "stress")
     input_shape = (len(FEATURES),)
+    data_statement = (
+        "WESAD (Schmidt et al. 2018): windows of 60 s of 15 subjects, of whom some are only tested "
+        "on."
+    )
+    limits = (
+        "Few people, in one laboratory, with stress by one test: the figures say little about "
+        "anybody else's days.\n\n**This is not a medical device.** It must not be used for "
+        "diagnosis, monitoring or treatment."
+    )
 
     def __init__(self, data_dir: Path, test: str = "S15,S16,S17") -> None:
         self._data_dir = data_dir
