@@ -22,9 +22,13 @@ def examples_of(client: str) -> int:
     return 10 + CLIENTS.index(client)
 
 
-def vector_of(client: str, round: int) -> np.ndarray:
+def vector_of(client: str, round: int, fog_round: int = 1) -> np.ndarray:
     """What this client trains in this round: whole numbers, so that every sum is exact."""
-    return np.full(SIZE, (CLIENTS.index(client) + 1) * 7 ** (round % 8), np.float32)
+    value = (CLIENTS.index(client) + 1 + 4 * (fog_round - 1)) * 7 ** (round % 8)
+    return np.full(SIZE, value, np.float32)
+
+
+Aggregate = tuple[np.ndarray, dict[str, int]]
 
 
 class Store:
@@ -32,25 +36,46 @@ class Store:
 
     def __init__(self) -> None:
         self.cohorts: dict[int, frozenset[str]] = {}
-        self.partials: dict[int, tuple[np.ndarray, dict[str, int]]] = {}
+        self.partials: dict[int, Aggregate] = {}
+        self.regional: dict[tuple[int, int], Aggregate] = {}
         self.slots: SlotTable | None = None
         self.newest: rounds.Newest | None = None
 
     def stored(self, round: int) -> rounds.Stored | None:
         if round < max(self.cohorts, default=0) - KEEP_ROUNDS:
             return None  # forgotten; `partials` has it for the checks only
-        if round in self.partials:
-            return rounds.Stored(self.cohorts.get(round, frozenset()), self.partials[round][1])
-        if round in self.cohorts:
-            return rounds.Stored(self.cohorts[round], None)
-        return None
+        if round not in self.partials and round not in self.cohorts:
+            return None
+        before = [members for (of, _), (_, members) in self.regional.items() if of == round]
+        return rounds.Stored(
+            self.cohorts.get(round, frozenset()),
+            self.partials[round][1] if round in self.partials else None,
+            tuple(map(frozenset, before)),
+            self.digest(round, len(before) + 1),
+            np.zeros(SIZE, np.float32),
+        )
+
+    def digest(self, round: int, fog_round: int) -> str:
+        """Of the model that the clients train from."""
+        model = f"m{round - 1}"
+        if fog_round == 1:
+            return model
+        return f"{model}, {self.regional[round, fog_round - 1][0].tobytes().hex()}"
+
+    def aggregates(self, fog_rounds: int) -> dict[tuple[int, int], Aggregate]:
+        """All of them, by round and regional round."""
+        last = {(round, fog_rounds): partial for round, partial in self.partials.items()}
+        return self.regional | last
 
 
 class FaultyRegion(RuleBasedStateMachine):
     """One region, three clients and a server that publishes a model for every new partial."""
 
-    @initialize(quorum=st.sampled_from([None, 2]), robust=st.booleans())
-    def begin(self, quorum: int | None, robust: bool) -> None:
+    @initialize(
+        quorum=st.sampled_from([None, 2]), robust=st.booleans(), fog_rounds=st.integers(1, 3)
+    )
+    def begin(self, quorum: int | None, robust: bool, fog_rounds: int) -> None:
+        self.fog_rounds = fog_rounds
         self._begin_above()
         self.policy = rounds.Policy(
             quorum=quorum,
@@ -65,12 +90,13 @@ class FaultyRegion(RuleBasedStateMachine):
         self.server_away = False
         self.store = Store()
         self.model = 0  # newest global model, retained at the broker
-        self.presence: dict[str, rounds.PresenceSeen] = {}  # retained at the broker
+        self.regional: edge.ModelArrived | None = None  # the region's model, retained at the broker
+        self.presence: dict[str, rounds.PresenceSeen] = {}  # likewise
         self.to_region: list[rounds.Event] = []
         self.to_client: dict[str, list[edge.Event]] = {c: [] for c in CLIENTS}
         self.client_boot = dict.fromkeys(CLIENTS, 0)
-        self.outbox: dict[str, tuple[str, int]] = {}
-        self.accepted: set[tuple[str, int]] = set()
+        self.outbox: dict[str, tuple[str, int, int]] = {}
+        self.accepted: set[tuple[str, int, int]] = set()
         self.clients: dict[str, edge.Participation] = {}
         for client in CLIENTS:
             self._start_client(client)
@@ -87,7 +113,7 @@ class FaultyRegion(RuleBasedStateMachine):
         stored = self.store.stored(next_round)
         slots, vector = self.store.slots, np.zeros(SIZE, np.float32)
         return rounds.ModelArrived(
-            RUN, 1, next_round, f"m{model}", SIZE, False, stored, slots, vector
+            RUN, 1, next_round, f"m{model}", SIZE, False, stored, slots, vector, self.fog_rounds
         )
 
     def _start_region(self, retained: int | None = None) -> None:
@@ -108,6 +134,11 @@ class FaultyRegion(RuleBasedStateMachine):
         self._to_client(client, edge.Connected())
         model = self.model if retained is None else retained
         self._to_client(client, edge.ModelArrived(RUN, 1, model + 1))
+        self._regional_to(client)
+
+    def _regional_to(self, client: str) -> None:
+        if self.regional:
+            self.to_client[client].append(self.regional)
 
     def _to_rules(self, event: rounds.Event, die_after_commit: bool = False) -> None:
         actions = self.region.handle(event, self.now)
@@ -120,19 +151,27 @@ class FaultyRegion(RuleBasedStateMachine):
                     self.store.slots = slots
                 case rounds.StoreSlots(slots):
                     self.store.slots = slots
-                case rounds.Commit(_, round, total, members):
+                case rounds.Commit(_, round, total, members, fog_round=fog_round) as commit:
                     assert round not in self.store.partials, "a round has two partials"
-                    self.store.partials[round] = (total.mean(), dict(members))
+                    assert fog_round == 1 + sum(of == round for of, _ in self.store.regional)
+                    assert commit.last == (fog_round == self.fog_rounds)
+                    assert commit.base_digest == f"m{round - 1}"
+                    if commit.last:
+                        self.store.partials[round] = (total.mean(), dict(members))
+                    else:
+                        self.store.regional[round, fog_round] = (total.mean(), dict(members))
                     if die_after_commit:
                         self._start_region()
                         return
-                    actions += self.region.handle(rounds.Committed(), self.now)
-                case rounds.Answer(client, run, round, verdict):
-                    said = edge.VerdictArrived(run, round, verdict, self.boot)
+                    digest = "" if commit.last else self.store.digest(round, fog_round + 1)
+                    committed = rounds.Committed(digest, np.zeros(SIZE, np.float32))
+                    actions += self.region.handle(committed, self.now)
+                case rounds.Answer(client, run, round, verdict, reason, fog_round):
+                    said = edge.VerdictArrived(run, round, verdict, self.boot, reason, fog_round)
                     self.to_client[client].append(said)
-                case rounds.AnswerMembers(run, round, members):
+                case rounds.AnswerMembers(run, round, members, fog_round):
                     for client in members:
-                        said = edge.VerdictArrived(run, round, "accepted", self.boot)
+                        said = edge.VerdictArrived(run, round, "accepted", self.boot, "", fog_round)
                         self.to_client[client].append(said)
                 case rounds.DealSlot(client, run, slot):
                     self.to_client[client].append(edge.SlotDealt(run, slot))
@@ -142,6 +181,11 @@ class FaultyRegion(RuleBasedStateMachine):
                 case rounds.PublishPartial(_, round):
                     assert round in self.store.partials, "published before it was committed"
                     self._partial_published(round)
+                case rounds.PublishRegional(run, round, fog_round):
+                    assert (round, fog_round) in self.store.regional, "published before the commit"
+                    self.regional = edge.ModelArrived(run, 1, round, fog_round=fog_round + 1)
+                    for client in CLIENTS:
+                        self._regional_to(client)
                 case rounds.Exit():
                     raise AssertionError("nobody else owns the region")
                 case rounds.Log():
@@ -159,18 +203,27 @@ class FaultyRegion(RuleBasedStateMachine):
                     birth = rounds.PresenceSeen(client, True, boot, machine.current_slot)
                     self.presence[client] = birth
                     self.to_region.append(birth)
-                case edge.Send(run, round):
-                    assert self.outbox[client] == (run, round)
-                    self.to_region.append(self._update(client, round))
-                case edge.EmptyOutbox(_, round, verdict):
+                case edge.Send(run, round, fog_round=fog_round):
+                    assert self.outbox[client] == (run, round, fog_round)
+                    digest = self.store.digest(round, fog_round)
+                    self.to_region.append(self._update(client, round, fog_round, digest))
+                case edge.EmptyOutbox(_, round, verdict, _, fog_round):
                     del self.outbox[client]
+                    assert verdict != "rejected"
                     if verdict == "accepted":
-                        self.accepted.add((client, round))
+                        self.accepted.add((client, round, fog_round))
+                    elif verdict == "late" and round == self.region.round:
+                        aggregate = self.store.aggregates(self.fog_rounds)[round, fog_round]
+                        assert client not in aggregate[1], "late, but it was counted"
 
     @staticmethod
-    def _update(client: str, round: int) -> rounds.UpdateArrived:
-        n, vector = examples_of(client), vector_of(client, round)
-        return rounds.UpdateArrived(RUN, round, client, f"m{round - 1}", n, vector, {"loss": 1})
+    def _update(
+        client: str, round: int, fog_round: int = 1, digest: str = ""
+    ) -> rounds.UpdateArrived:
+        n, vector = examples_of(client), vector_of(client, round, fog_round)
+        return rounds.UpdateArrived(
+            RUN, round, client, digest, n, vector, {"loss": 1}, fog_round=fog_round
+        )
 
     def _publish_model(self, round: int) -> None:
         self.model = round
@@ -197,8 +250,8 @@ class FaultyRegion(RuleBasedStateMachine):
     def finish_training(self, client: str) -> None:
         machine = self.clients[client]
         if machine.duty is edge.Duty.TRAINING:
-            self.outbox[client] = (RUN, machine.round)
-            self._to_client(client, edge.Trained(RUN, machine.round))
+            self.outbox[client] = (RUN, machine.round, machine.fog_round)
+            self._to_client(client, edge.Trained(RUN, machine.round, machine.fog_round))
 
     @rule(clients=st.sets(st.sampled_from(CLIENTS), min_size=1))
     def go_on_in_order(self, clients: set[str]) -> None:
@@ -243,6 +296,7 @@ class FaultyRegion(RuleBasedStateMachine):
             case "lose":  # a client's connection breaks, and what was on its way is lost
                 self.to_client[client].clear()
                 self._to_client(client, edge.Connected())
+                self._regional_to(client)
             case "lose to region":  # the aggregator's breaks; retained messages come again
                 self.to_region.clear()
                 self._to_rules(rounds.Connected())
@@ -257,6 +311,8 @@ class FaultyRegion(RuleBasedStateMachine):
                     self._to_client(name, edge.ModelArrived(RUN, 1, max(1, self.model)))
             case "old model at start":
                 old = max(0, self.model - 3)
+                if (old + 1, 1) in self.store.regional:
+                    self.regional = edge.ModelArrived(RUN, 1, old + 1, fog_round=2)
                 self._start_region(retained=old)
                 for name in CLIENTS:  # so do they, and what they trained is not in their outbox
                     self.outbox.pop(name, None)
@@ -265,11 +321,12 @@ class FaultyRegion(RuleBasedStateMachine):
             case "broker":  # restarts without a memory
                 self.to_region.clear()
                 self.presence.clear()
-                self._to_rules(rounds.Connected())
-                self.to_region.append(self._arrived())  # published again by the server
+                self.regional = None
                 for name in CLIENTS:
                     self.to_client[name].clear()
                     self._to_client(name, edge.Connected())
+                self._to_rules(rounds.Connected())
+                self.to_region.append(self._arrived())  # published again by the server
             case "region":
                 self._start_region()
             case "client":
@@ -283,9 +340,10 @@ class FaultyRegion(RuleBasedStateMachine):
     # The promises
 
     @invariant()
-    def partials_are_exact(self) -> None:
-        for round, (mean, members) in self.store.partials.items():
-            vectors = [vector_of(c, round).astype(np.float64) for c in members]
+    def aggregates_are_exact(self) -> None:
+        aggregates = self.store.aggregates(self.fog_rounds)
+        for (round, fog_round), (mean, members) in aggregates.items():
+            vectors = [vector_of(c, round, fog_round).astype(np.float64) for c in members]
             expected = np.average(vectors, axis=0, weights=list(members.values()))
             if self.policy.aggregation == "median":
                 expected = np.median(vectors, axis=0)
@@ -293,16 +351,17 @@ class FaultyRegion(RuleBasedStateMachine):
             assert members == {c: examples_of(c) for c in members}
 
     @invariant()
-    def accepted_updates_are_in_the_partial(self) -> None:
-        for client, round in self.accepted:
-            assert client in self.store.partials[round][1]
+    def accepted_updates_are_in_their_aggregate(self) -> None:
+        aggregates = self.store.aggregates(self.fog_rounds)
+        for client, round, fog_round in self.accepted:
+            assert client in aggregates[round, fog_round][1]
 
     def teardown(self) -> None:
         """When the faults end, the round closes by itself."""
         if not hasattr(self, "region"):
             return
         target = self.model + 1
-        for _ in range(60):
+        for _ in range(60 * self.fog_rounds):
             self._calm_second()
             if self._reached(target):
                 return

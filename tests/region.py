@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from conftest import Peer, Service
-from fedfog.messages.codec import TensorMessage, decode
+from fedfog.messages.codec import TensorMessage, Vector, decode
 from fedfog.messages.schemas import PartialMeta
 from wire import birth, constant, model, update
 
@@ -37,8 +37,8 @@ class Region:
 
         self.peer.wait_for(seen, timeout, after)
 
-    def send(self, client: str, value: float, **fields: Any) -> None:
-        payload = update(BASE, constant(value), client, **fields)
+    def send(self, client: str, value: float, base: Vector = BASE, **fields: Any) -> None:
+        payload = update(base, constant(value), client, **fields)
         self.peer.publish(f"fl/updates/region_0/{client}", payload)
 
     def receipt(self, client: str, verdict: str, after: int = 0) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def model(
     finished: bool = False,
     local_epochs: int = 1,
     partition: str = "iid",
+    fog_rounds: int = 1,
 ) -> bytes:
     """A global model as central-server publishes it."""
     meta = ModelMeta(
@@ -46,6 +47,7 @@ def model(
             learning_rate=1e-3,
             seed=7,
             partition=partition,
+            fog_rounds=fog_rounds,
         ),
     )
     return encode(meta, table, vector)
@@ -61,11 +63,13 @@ def update(
     region: str = "region_0",
     table: TensorTable = TABLE,
     metrics: ClientMetrics = METRICS,
+    fog_round: int = 1,
 ) -> bytes:
-    """An update as a client publishes it, trained from the global model `base`."""
+    """An update as a client publishes it, trained from the model `base`."""
     meta = UpdateMeta(
         run=run,
         round=round,
+        fog_round=fog_round,
         region=region,
         client=client,
         base_digest=digest_of(base),

@@ -298,7 +298,7 @@ def test_regions_show_who_is_there_and_whom_a_round_waits_for() -> None:
     )
     region = regions.by_name["region_0"]
     assert region.online == {"client-1", "client-2"}
-    assert (region.phase, region.round, region.received, region.expected) == ("open", 2, 0, 2)
+    assert (region.phase, region.round, region.received, region.expected) == ("open", "2", 0, 2)
     see(
         "fl/progress/region_0",
         schemas.Progress(

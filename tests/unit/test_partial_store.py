@@ -6,6 +6,8 @@ import pytest
 
 from fedfog.core.rounds import Newest
 from fedfog.core.slots import SlotTable
+from fedfog.messages.codec import decode
+from fedfog.messages.schemas import PartialMeta
 from fedfog_aggregator.store import AnotherOwnerError, PartialStore
 from flower import partial
 
@@ -61,6 +63,36 @@ def test_second_partial_of_a_round_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AnotherOwnerError, match=r"aggregator\.db already has a partial of round 1"):
         store.commit("run", 1, [partial(9.0, 1)], {"c": 10})
     assert store.partial("run", 1) == partial(1, 1, parameters=2000)
+
+
+def test_of_regional_rounds_the_newest_model_is_kept_and_of_those_before_what_they_say(
+    tmp_path: Path,
+) -> None:
+    store = PartialStore(tmp_path)
+    store.save_cohort(Newest("run", 1, 1), CLIENTS, SLOTS, keep=2)
+    for fog_round in (1, 2):
+        payload = partial(fog_round, 1, members={f"c{fog_round}": 10})
+        store.commit_regional(fog_round, decode(payload, PartialMeta).meta, [payload])
+    with pytest.raises(AnotherOwnerError, match="regional round 2 of 1"):
+        store.commit_regional(2, decode(payload, PartialMeta).meta, [payload])
+    store.close()
+    again = PartialStore(tmp_path)
+    stored = again.stored("run", 1)
+    assert stored is not None
+    assert stored.vector is not None
+    assert (stored.members, stored.regional) == (None, (frozenset({"c1"}), frozenset({"c2"})))
+    assert stored.vector.tolist() == [2.0] * 13
+    assert [meta.metrics.train_loss for meta in again.regional("run", 1)] == [1.0, 2.0]
+    again.commit("run", 1, [partial(3, 1)], {"c": 10})
+    closed = again.stored("run", 1)
+    assert closed is not None
+    assert closed.members == {"c": 10}
+    cohort_lost = PartialStore(tmp_path / "other")  # when it opened, the disk was full
+    cohort_lost.commit_regional(1, decode(payload, PartialMeta).meta, [payload])
+    assert cohort_lost.stored("run", 1) is not None
+    again.save_cohort(Newest("run", 1, 2), CLIENTS, SLOTS, keep=2)
+    assert again.regional("run", 1) == []
+    assert again.partial("run", 1) is not None
 
 
 def test_store_knows_the_newest_round_that_was_opened(tmp_path: Path) -> None:

@@ -120,6 +120,26 @@ def test_newer_model_voids_what_is_unanswered_and_stops_what_is_trained() -> Non
     assert client.handle(Trained("run", 2), 4) == []
 
 
+def test_regional_rounds_are_ordered_within_their_global_round() -> None:
+    client = trained_client()
+    second = ModelArrived("run", 1, 1, fog_round=2)
+    why = "a newer model came first"
+    assert client.handle(second, 2) == [
+        EmptyOutbox("run", 1, "void", why),
+        Train("run", 1, fog_round=2),
+    ]
+    for older in (second, ModelArrived("run", 1, 1)):
+        assert client.handle(older, 3) == []
+    assert client.handle(Trained("run", 1), 3) == []  # of the first
+    sent = client.handle(Trained("run", 1, fog_round=2), 3)
+    assert sent == [Send("run", 1, 1, "trained", fog_round=2)]
+    assert client.handle(VerdictArrived("run", 1, "late", 5), 4) == []
+    assert client.handle(ModelArrived("run", 1, 2), 5) == [
+        EmptyOutbox("run", 1, "void", why, fog_round=2),
+        Train("run", 2),
+    ]
+
+
 def test_older_model_or_run_is_ignored() -> None:
     client = trained_client()
     for model in (
@@ -131,7 +151,7 @@ def test_older_model_or_run_is_ignored() -> None:
 
 
 def test_update_of_an_earlier_life_is_sent_first() -> None:
-    client = Participation(random.Random(1), outbox=("run", 4))
+    client = Participation(random.Random(1), outbox=("run", 4, 1))
     assert client.handle(Connected(), 0) == [Announce(), Send("run", 4, 1, "reconnect")]
     assert client.handle(ModelArrived("run", 1, 4), 0) == []  # the model it was trained from
 

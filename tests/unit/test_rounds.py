@@ -51,6 +51,42 @@ def test_nothing_is_accepted_while_the_partial_is_not_stored() -> None:
     assert rounds.AnswerMembers("run", 1, ("a",)) in said
 
 
+def test_a_round_that_began_with_more_regional_rounds_ends_with_one_more_after_a_restart() -> None:
+    """FOG_ROUNDS of the server was lowered in between: what was accepted still reaches the partial,
+    and what is a partial stays it if it was raised."""
+    regional = rounds.Stored(frozenset("a"), None, (frozenset("a"), frozenset("a")), "m2")
+    region = rounds.RegionRounds("r", rounds.Policy(), boot=2)
+    began = region.handle(rounds.ModelArrived("run", 1, 1, "m", 3, stored=regional), 0.0)
+    assert rounds.PublishRegional("run", 1, 2) in began
+    update = rounds.UpdateArrived("run", 1, "a", "m2", 10, np.ones(3, np.float32), {}, fog_round=3)
+    *_, commit = region.handle(update, 0.0)
+    assert isinstance(commit, rounds.Commit)
+    assert (commit.fog_round, commit.last, commit.base_digest) == (3, True, "m")
+
+    closed = rounds.Stored(frozenset("a"), {"a": 10})
+    region = rounds.RegionRounds("r", rounds.Policy(), boot=2)
+    more = rounds.ModelArrived("run", 1, 1, "m", 3, stored=closed, fog_rounds=5)
+    assert rounds.PublishPartial("run", 1) in region.handle(more, 0.0)
+
+
+def test_a_regional_round_without_enough_clients_waits_for_them() -> None:
+    policy = rounds.Policy(minimum=2, deadline=10)
+    region = rounds.RegionRounds("r", policy, boot=1)
+    for client in "ab":
+        region.handle(rounds.PresenceSeen(client, True, 1), 0.0)
+    region.handle(rounds.ModelArrived("run", 1, 1, "m", 3, fog_rounds=2), 0.0)
+    region.handle(rounds.Tick(), policy.settle)
+    for client in "ab":
+        update = rounds.UpdateArrived("run", 1, client, "m", 10, np.ones(3, np.float32), {})
+        region.handle(update, 4.0)
+        region.handle(rounds.PresenceSeen(client, False, 1), 4.0)
+    region.handle(rounds.Committed("m.1"), 4.0)
+    assert (region.phase, region.fog_round) == (Phase.FORMING, 2)
+    for client in "ab":
+        region.handle(rounds.PresenceSeen(client, True, 2), 5.0)
+    assert region.phase is Phase.OPEN
+
+
 def test_slots_are_dealt_among_the_clients_without_data_of_their_own() -> None:
     region = rounds.RegionRounds("r", rounds.Policy(expected=3), boot=1)
     for name, own_data in (("a", True), ("b", False), ("c", False)):

@@ -31,6 +31,7 @@ from fedfog.messages.schemas import (
     Status,
     UpdateMeta,
     Verdict,
+    numbered,
 )
 from fedfog.settings import ClientSettings
 from fedfog.transport import mqtt
@@ -92,7 +93,7 @@ class Client:
         self._core = core.Participation(
             random.Random(),
             settings.client_data is not None,
-            outbox=(left.run, left.round) if left else None,
+            outbox=(left.run, left.round, left.fog_round) if left else None,
         )
         self._model: TensorMessage[ModelMeta] | None = None
         self._slot: Slot | None = None
@@ -109,6 +110,7 @@ class Client:
                 topics.receipts(region, client),
                 topics.receipts(region),
                 topics.global_model,
+                topics.regional_model(region),
             ],
             will=(topics.presence(region, client), self._presence(online=False)),
             timeout=settings.mqtt_timeout,
@@ -166,7 +168,7 @@ class Client:
 
     def _message(self, topic: str, payload: bytes) -> core.Event | None:
         topics, region = self._topics, self._region
-        if topic == topics.global_model:
+        if topic in (topics.global_model, topics.regional_model(region)):
             return self._model_arrived(payload)
         if topic == topics.slot(region, self.id):
             self._slot = slot = decode_json(payload, Slot)
@@ -180,19 +182,29 @@ class Client:
             closed = decode_json(payload, RegionReceipt)
             if self.id not in closed.members:
                 return None
-            return core.VerdictArrived(closed.run, closed.round, Verdict.ACCEPTED, closed.boot)
+            return core.VerdictArrived(
+                closed.run, closed.round, Verdict.ACCEPTED, closed.boot, fog_round=closed.fog_round
+            )
         receipt = decode_json(payload, Receipt)
         # An update that could not even be read there is the one that was sent last.
         run = receipt.run or self._core.run or ""
-        round_ = self._core.round if receipt.round is None else receipt.round
-        return core.VerdictArrived(run, round_, receipt.verdict, receipt.boot, receipt.reason)
+        round_, fog_round = receipt.round, receipt.fog_round
+        if round_ is None:
+            round_, fog_round = self._core.round, self._core.fog_round
+        return core.VerdictArrived(
+            run, round_, receipt.verdict, receipt.boot, receipt.reason, fog_round
+        )
 
     def _model_arrived(self, payload: bytes) -> core.Event:
         began = time.monotonic()
         model = self._reader.read(payload)
         meta = model.meta
         event = core.ModelArrived(
-            meta.run, meta.run_started, meta.round + 1, meta.state is RunState.FINISHED
+            meta.run,
+            meta.run_started,
+            meta.round + 1,
+            meta.state is RunState.FINISHED,
+            meta.fog_round + 1,
         )
         if self._core.is_news(event):
             self._model = model
@@ -201,6 +213,7 @@ class Client:
                 Step.APPLY_MODEL,
                 run=meta.run,
                 round=f"{meta.round}/{meta.rounds}",
+                fog_round=meta.fog_round or None,
                 state=meta.state,
                 test_accuracy=known.accuracy if known else None,
                 of_round=known.round if known else None,
@@ -214,6 +227,7 @@ class Client:
         meta = UpdateMeta(
             run=job.run,
             round=job.round,
+            fog_round=job.fog_round,
             region=self._region,
             client=self.id,
             base_digest=job.model.meta.digest,
@@ -229,7 +243,7 @@ class Client:
             **{k: round(v, 4) for k, v in meta.metrics.model_dump(exclude_none=True).items()},
         )
         self._outbox.put(encode(meta, trained.table, trained.vector))
-        return core.Trained(job.run, job.round)
+        return core.Trained(job.run, job.round, job.fog_round)
 
     def _evaluated(self, evaluated: Evaluated) -> None:
         """The end of a run: say how its last model does."""
@@ -266,12 +280,12 @@ class Client:
                     self._submit(run, round_)
                 case core.CancelTraining():
                     self._trainer.cancel(self.id)
-                case core.Send(run, round_, attempt, why):
-                    self._send(run, round_, attempt, why)
-                case core.EmptyOutbox(run, round_, verdict, reason):
+                case core.Send() as send:
+                    self._send(send)
+                case core.EmptyOutbox(verdict=verdict) as end:
                     self._outbox.clear()
                     level = self.log.error if verdict == Verdict.REJECTED else self.log.info
-                    level(f"update_{verdict}", update=self._update_id(run, round_), reason=reason)
+                    level(f"update_{verdict}", update=self._update_id(end), reason=end.reason)
                 case core.RunFinished(run, took_part):
                     self.log.info("run_finished", run=run, took_part=took_part)
                     if took_part and (self._core.own_data or self._slot):
@@ -284,25 +298,26 @@ class Client:
         slot = None if self._core.own_data else self._slot
         self._trainer.submit(Job(self.id, run, round_, self._model, slot))
 
-    def _send(self, run: str, round_: int, attempt: int, why: str) -> None:
+    def _send(self, send: core.Send) -> None:
         payload = self._outbox.payload
         if payload is None:
-            self.log.error("update_gone", update=self._update_id(run, round_), setting="STATE_DIR")
+            self.log.error("update_gone", update=self._update_id(send), setting="STATE_DIR")
             return
         began = time.monotonic()
         if self.session.publish(self._topics.update(self._region, self.id), payload):
             self.log.info(
                 Step.PUBLISH_UPDATE,
-                update=self._update_id(run, round_),
-                attempt=attempt,
-                why=why,
+                update=self._update_id(send),
+                attempt=send.attempt,
+                why=send.why,
                 bytes=len(payload),
                 seconds=round(time.monotonic() - began, 4),
             )
         self._outbox.release()
 
-    def _update_id(self, run: str, round_: int) -> str:
-        return f"{run}/{round_}/{self._region}/{self.id}"
+    def _update_id(self, action: core.Send | core.EmptyOutbox) -> str:
+        number = numbered(action.round, action.fog_round)
+        return f"{action.run}/{number}/{self._region}/{self.id}"
 
     def _presence(self, online: bool) -> bytes:
         return Presence(

@@ -36,8 +36,8 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Job:
-    """Train from this global model for `round`: on this slot or, without one, on the client's own
-    data. A finished model is evaluated only."""
+    """Train from this model for `fog_round` of `round`: on this slot or, without one, on the
+    client's own data. A finished model is evaluated only."""
 
     client: str
     run: str
@@ -48,6 +48,10 @@ class Job:
     @property
     def finished(self) -> bool:
         return self.model.meta.state is RunState.FINISHED
+
+    @property
+    def fog_round(self) -> int:
+        return self.model.meta.fog_round + 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class Trainer(threading.Thread):
         examples, validation = self._examples(task, job)
         model = task.build_model(parameters.seed)
         training.load_arrays(model, job.model.table.unflatten(job.model.vector))
-        received = evaluate(task, model, validation) if len(validation) else None
+        # What clients say of a global model is summed up; of a region's model nobody asks.
+        asked = len(validation) and job.fog_round == 1
+        received = evaluate(task, model, validation) if asked else None
         if job.finished:
             self._report(Evaluated(job, _evaluation(job, received)))
             return
@@ -163,7 +169,7 @@ class Trainer(threading.Thread):
             examples,
             parameters,
             round=job.round,
-            seed=training.round_seed(parameters.seed, job.round, self._stream(job)),
+            seed=training.round_seed(parameters.seed, job.round, self._stream(job), job.fog_round),
             on_epoch=lambda epoch, epochs, loss, accuracy: said.info(
                 "epoch",
                 round=job.round,

@@ -3,7 +3,7 @@
 It is made of the messages' own catalog: a topic has the writers and readers that `docs/messages.md`
 shows, and no others. A client's certificate is named `region/client`, which is also how its topics
 end: one pattern holds for all clients, and gives none of them another's topics. What has no client
-in its name (the model, a region's status and receipts) every certificate may read.
+in its name (the global model and a region's, its status and receipts) every certificate may read.
 
 The last line says that the file is whole, and lines that forbid stand first: of a list that was cut
 off all the same, only permissions are missing.

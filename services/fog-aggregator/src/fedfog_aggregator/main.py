@@ -22,23 +22,27 @@ from fedfog.messages.codec import (
     decode,
     decode_json,
     digest_of,
+    encode,
     encode_header,
 )
 from fedfog.messages.schemas import (
     MAX_LOSS,
     ClientMetrics,
     FederatedEvaluation,
+    FogRoundRecord,
     ModelMeta,
     PartialMeta,
     Presence,
     Progress,
     Receipt,
     RegionReceipt,
+    RegionShare,
     RunState,
     Slot,
     Status,
     UpdateMeta,
     Verdict,
+    numbered,
 )
 from fedfog.messages.topics import is_name
 from fedfog.settings import AggregatorSettings, load
@@ -93,6 +97,7 @@ class Aggregator:
         )
         self._quota, self._lines = Quota(settings.client_quota), Quota(settings.client_quota)
         self._table: TensorTable | None = None
+        self._global: ModelMeta | None = None  # that the round began with
         self._last_progress = 0.0
         self._received: dict[str, Receipt] = {}  # `received` that are due, by client
         self._received_due: float | None = None
@@ -202,7 +207,8 @@ class Aggregator:
         if not is_name(client):
             client = ""
         known = client in machine.present or client in machine.cohort
-        return self._quota.take(client, known, (machine.run, machine.round), time.monotonic())
+        at = (machine.run, machine.round, machine.fog_round)
+        return self._quota.take(client, known, at, time.monotonic())
 
     def _name_flooders(self, now: float) -> None:
         if refused := self._quota.report(now):
@@ -229,7 +235,10 @@ class Aggregator:
             stored=self._store.stored(meta.run, round_),
             slots=self._store.slots(meta.run),
             vector=None if self._settings.aggregation == "fedavg" else model.vector,
+            fog_rounds=meta.hyperparameters.fog_rounds,
         )
+        if self._rounds.is_news(arrived):
+            self._global = meta
         self._table = model.table
         self._upwards(
             participation.ModelArrived(
@@ -302,6 +311,7 @@ class Aggregator:
                 update.vector,
                 {"train_loss": told.train_loss},
                 federated=federated,
+                fog_round=meta.fog_round,
             )
         ]
 
@@ -339,10 +349,13 @@ class Aggregator:
                     self._publish_status()
                 case rounds.PublishPartial(run, round_):
                     self._publish_partial(run, round_)
-                case rounds.Answer(client, run, round_, verdict, reason):
+                case rounds.PublishRegional(run, round_, fog_round):
+                    self._publish_regional(run, round_, fog_round)
+                case rounds.Answer(client, run, round_, verdict, reason, fog_round):
                     receipt = Receipt(
                         run=run,
                         round=round_,
+                        fog_round=fog_round,
                         verdict=Verdict(verdict),
                         reason=reason,
                         boot=self._boot,
@@ -352,12 +365,16 @@ class Aggregator:
                         self._received_due = self._received_due or now + RECEIVED_SECONDS
                         continue
                     if verdict != "accepted":
-                        self._log_refusal(client, run, round_, verdict, reason)
+                        self._log_refusal(client, receipt)
                     self._answer(client, receipt)
-                case rounds.AnswerMembers(run, round_, members):
+                case rounds.AnswerMembers(run, round_, members, fog_round):
                     self._received, self._received_due = {}, None
                     told = RegionReceipt(
-                        run=run, round=round_, boot=self._boot, members=list(members)
+                        run=run,
+                        round=round_,
+                        fog_round=fog_round,
+                        boot=self._boot,
+                        members=list(members),
                     )
                     topic = self._topics.receipts(self._region)
                     self.session.publish(topic, told.to_json())
@@ -430,17 +447,24 @@ class Aggregator:
             seconds={"collect": round(commit.collect_seconds, 6)},
         )
         try:
+            if commit.last:
+                meta = self._with_regional(meta)
             payload = (encode_header(meta, self._table), mean.data.cast("B"))
-            self._store.commit(commit.run, commit.round, payload, members)
+            if commit.last:
+                self._store.commit(commit.run, commit.round, payload, members)
+            else:
+                self._store.commit_regional(commit.fog_round, meta, payload)
         except AnotherOwnerError as error:
             return rounds.CommitFailed(str(error), another_owner=True)
         except StoreError as error:
             return rounds.CommitFailed(str(error))
+        number = commit.round if commit.last else numbered(commit.round, commit.fog_round)
+        name = f"{commit.run}/{number}/{self._region}"
         for client, why in suspicious.items():
-            log.warning("update_suspicious", partial=meta.id, client=client, reason=why)
+            log.warning("update_suspicious", partial=name, client=client, reason=why)
         log.info(
             Step.AGGREGATE_REGION,
-            partial=meta.id,
+            partial=name,
             clients=meta.num_clients,
             examples=meta.num_examples,
             left_out=meta.left_out,
@@ -448,7 +472,49 @@ class Aggregator:
             collect_seconds=round(commit.collect_seconds, 3),
             seconds=round(time.monotonic() - began, 4),
         )
-        return rounds.Committed()
+        if commit.last or self._settings.aggregation == "fedavg":
+            return rounds.Committed(meta.digest)
+        return rounds.Committed(meta.digest, mean)
+
+    def _with_regional(self, meta: PartialMeta) -> PartialMeta:
+        """The partial with what there is to tell of the regional rounds before it."""
+        before = self._store.regional(meta.run, meta.round)
+        if not before:
+            return meta
+        told = [
+            FogRoundRecord(
+                num_clients=one.num_clients,
+                num_examples=one.num_examples,
+                train_loss=one.metrics.train_loss,
+                seconds=one.seconds,
+            )
+            for one in before
+        ]
+        # Only the first of them began with the global model.
+        return meta.model_copy(update={"regional": told, "federated": before[0].federated})
+
+    def _publish_regional(self, run: str, round_: int, fog_round: int) -> None:
+        """Give the region's clients the model that the next regional round begins with."""
+        assert self._global is not None
+        began = time.monotonic()
+        aggregate = self._store.regional_aggregate(run, round_, fog_round)
+        meta = aggregate.meta
+        share = RegionShare(num_clients=meta.num_clients, num_examples=meta.num_examples)
+        model = self._global.model_copy(
+            update={
+                "fog_round": fog_round,
+                "digest": meta.digest,
+                "regions": {self._region: share},
+            }
+        )
+        payload = encode(model, aggregate.table, aggregate.vector)
+        if self.session.publish(self._topics.regional_model(self._region), payload, retain=True):
+            log.info(
+                Step.PUBLISH_PARTIAL,
+                partial=f"{run}/{numbered(round_, fog_round)}/{self._region}",
+                bytes=len(payload),
+                seconds=round(time.monotonic() - began, 4),
+            )
 
     def _publish_partial(self, run: str, round_: int) -> None:
         if self._parent:
@@ -473,9 +539,10 @@ class Aggregator:
             self._answer(client, receipt)
         self._received, self._received_due = {}, None
 
-    def _log_refusal(self, client: str, run: str, round_: int, verdict: str, reason: str) -> None:
-        update = f"{run}/{round_}/{self._region}/{client}"
-        self._warn(client, f"update_{verdict}", update=update, reason=reason)
+    def _log_refusal(self, client: str, receipt: Receipt) -> None:
+        number = numbered(receipt.round or 0, receipt.fog_round)
+        update = f"{receipt.run}/{number}/{self._region}/{client}"
+        self._warn(client, f"update_{receipt.verdict}", update=update, reason=receipt.reason)
 
     def _warn(self, of: str, event: str, **fields: object) -> None:
         """Log what one sender has done wrong: in a minute, as often as it may send in a round."""
@@ -489,6 +556,7 @@ class Aggregator:
             boot=self._boot,
             run=machine.run,
             round=machine.round if machine.run else None,
+            fog_round=machine.fog_round,
             phase=machine.phase,
         )
         self.session.publish(self._topics.status(self._region), status.to_json(), retain=True)
@@ -503,6 +571,7 @@ class Aggregator:
         progress = Progress(
             run=machine.run,
             round=machine.round,
+            fog_round=machine.fog_round,
             phase=machine.phase,
             received=len(machine.members),
             expected=machine.expected,

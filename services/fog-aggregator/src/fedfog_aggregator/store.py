@@ -1,4 +1,5 @@
-"""What an aggregator must not lose: its partials with their members, cohorts and slots (SQLite).
+"""What an aggregator must not lose: its partials, and the aggregates of the regional rounds before
+them, with their members; cohorts and slots (SQLite).
 
 All of it is in one file after each commit: a write-ahead log could lose its end unnoticed, and with
 it partials whose clients were told that they are accepted. A commit that finds the disk full is
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from fedfog.core.rounds import Newest, Stored
 from fedfog.core.slots import SlotTable
-from fedfog.messages.codec import CodecError, decode, digest_of
+from fedfog.messages.codec import CodecError, TensorMessage, decode, decode_json, digest_of
 from fedfog.messages.schemas import PartialMeta
 
 _SCHEMA = """
@@ -24,6 +25,9 @@ create table if not exists cohort
     (run text, round int, clients text not null, primary key (run, round));
 create table if not exists partial
     (run text, round int, members text not null, payload blob not null, primary key (run, round));
+create table if not exists regional
+    (run text, round int, fog_round int, meta text not null, payload blob not null,
+    primary key (run, round, fog_round));
 create table if not exists newest (run text, run_started int, round int);
 create table if not exists slots (run text primary key, slots int not null, holders text not null);
 """
@@ -68,15 +72,36 @@ class PartialStore:
         return Newest(*row) if row else None
 
     def stored(self, run: str, round_: int) -> Stored | None:
-        """Cohort and, if the round is closed, members (client -> examples) of a round."""
+        """What there is of a round; of a closed one the members (client -> examples)."""
         select = "select clients from cohort where run = ? and round = ?"
         with self._errors():
             row = self._db.execute(select, (run, round_)).fetchone()
             cohort = frozenset(json.loads(row[0])) if row else frozenset()
-        closed = self._read(run, round_)
-        if row is None and closed is None:
+        closed, before = self._read(run, round_), self.regional(run, round_)
+        if row is None and closed is None and not before:
             return None
-        return Stored(cohort, closed[1] if closed else None)
+        members = closed[1] if closed else None
+        regional = tuple(frozenset(aggregate.members) for aggregate in before)
+        if closed or not before:
+            return Stored(cohort, members, regional)
+        newest = self.regional_aggregate(run, round_, len(before))
+        return Stored(cohort, members, regional, newest.meta.digest, newest.vector)
+
+    def regional(self, run: str, round_: int) -> list[PartialMeta]:
+        """What the aggregates of the regional rounds before the partial say, in order."""
+        select = "select meta from regional where run = ? and round = ? order by fog_round"
+        with self._errors():
+            rows = self._db.execute(select, (run, round_))
+            return [decode_json(text.encode(), PartialMeta) for (text,) in rows]
+
+    def regional_aggregate(
+        self, run: str, round_: int, fog_round: int
+    ) -> TensorMessage[PartialMeta]:
+        """The aggregate of the newest regional round. Raises StoreError: it is gone."""
+        select = "select rowid from regional where run = ? and round = ? and fog_round = ?"
+        with self._errors():
+            [rowid] = self._db.execute(select, (run, round_, fog_round)).fetchone()
+            return self._aggregate("regional", rowid)[1]
 
     def partial(self, run: str, round_: int) -> bytes | None:
         """The committed partial as it goes over the wire."""
@@ -98,15 +123,21 @@ class PartialStore:
             if row is None:
                 return None
             members = json.loads(row[1])
-            with self._db.blobopen("partial", "payload", row[0], readonly=True) as blob:
-                payload = blob.read()
-            partial = decode(payload, PartialMeta)
-            meta = partial.meta
+            payload, partial = self._aggregate("partial", row[0])
+        meta = partial.meta
         if (meta.run, meta.round, meta.members) != (run, round_, members):
             raise self._damaged(f"the partial of round {round_} is not the one of its members")
-        if digest_of(partial.vector) != meta.digest:
-            raise self._damaged(f"the digest of the partial of round {round_} is wrong")
         return payload, members
+
+    def _aggregate(self, table: str, rowid: int) -> tuple[bytes, TensorMessage[PartialMeta]]:
+        with self._db.blobopen(table, "payload", rowid, readonly=True) as blob:
+            payload = blob.read()
+        aggregate = decode(payload, PartialMeta)
+        if digest_of(aggregate.vector) != aggregate.meta.digest:
+            raise self._damaged(
+                f"the digest of the {table} of round {aggregate.meta.round} is wrong"
+            )
+        return payload, aggregate
 
     def slots(self, run: str) -> SlotTable | None:
         with self._errors():
@@ -134,6 +165,7 @@ class PartialStore:
             for table in ("cohort", "partial"):
                 delete = f"delete from {table} where run != ? or round < ?"
                 self._db.execute(delete, (run, round_ - keep))
+            self._db.execute("delete from regional where run != ? or round != ?", (run, round_))
             self._db.execute("delete from slots where run != ?", (run,))
 
     def commit(
@@ -149,22 +181,45 @@ class PartialStore:
         Raises:
             AnotherOwnerError: the round has a partial already.
         """
-        # Room first, and then the parts into it: as a value, SQLite would copy them twice.
-        insert = "insert into partial (run, round, members, payload) values (?, ?, ?, zeroblob(?))"
-        size = sum(len(part) for part in payload)
+        with self._committing(f"a partial of round {round_}"):
+            self._insert("partial", (run, round_, json.dumps(dict(members))), payload)
+
+    def commit_regional(
+        self, fog_round: int, meta: PartialMeta, payload: Sequence[bytes | memoryview]
+    ) -> None:
+        """The same for the aggregate of a regional round before the partial.
+
+        Raises:
+            AnotherOwnerError: the regional round has one already.
+        """
+        at = (meta.run, meta.round, fog_round)
+        # What those before it weigh is needed no more; what they say is.
+        forget = "update regional set payload = '' where run = ? and round = ? and fog_round < ?"
+        with self._committing(f"an aggregate of regional round {fog_round} of {meta.round}"):
+            self._insert("regional", (*at, meta.to_json().decode()), payload)
+            self._db.execute(forget, at)
+
+    @contextmanager
+    def _committing(self, what: str) -> Iterator[None]:
         try:
             with self._errors(), self._db:
-                row = (run, round_, json.dumps(dict(members)), size)
-                rowid = self._db.execute(insert, row).lastrowid
-                assert rowid is not None
-                with self._db.blobopen("partial", "payload", rowid) as blob:
-                    for part in payload:
-                        blob.write(part)
+                yield
         except sqlite3.IntegrityError as error:
             raise AnotherOwnerError(
-                f"{self.path} already has a partial of round {round_}: another aggregator "
+                f"{self.path} already has {what}: another aggregator "
                 "writes for this region; stop one of them"
             ) from error
+
+    def _insert(
+        self, table: str, row: Sequence[str | int], payload: Sequence[bytes | memoryview]
+    ) -> None:
+        # Room first, and then the parts into it: as a value, SQLite would copy them twice.
+        insert = f"insert into {table} values ({'?, ' * len(row)}zeroblob(?))"
+        rowid = self._db.execute(insert, (*row, sum(len(part) for part in payload))).lastrowid
+        assert rowid is not None
+        with self._db.blobopen(table, "payload", rowid) as blob:
+            for part in payload:
+                blob.write(part)
 
     def _put_slots(self, slots: SlotTable) -> None:
         insert = "insert or replace into slots values (?, ?, ?)"

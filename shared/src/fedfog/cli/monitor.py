@@ -127,8 +127,9 @@ def _model(meta: schemas.ModelMeta) -> str:
         f"{region} {_count(share.num_clients, 'client')} {share.num_examples:,} examples"
         for region, share in meta.regions.items()
     )
+    regional = f" after {_count(meta.fog_round, 'regional round')}" if meta.fog_round else ""
     parts = [
-        f"model {meta.round} of {meta.rounds}, run {meta.run}, {meta.state}",
+        f"model {meta.round} of {meta.rounds}{regional}, run {meta.run}, {meta.state}",
         f"made by {shares}" if shares else "",
         _evaluation(meta.evaluation) if meta.evaluation else "",
         f"digest {meta.digest[:12]}",
@@ -138,7 +139,7 @@ def _model(meta: schemas.ModelMeta) -> str:
 
 def _update(meta: schemas.UpdateMeta) -> str:
     return (
-        f"update for round {meta.round}, run {meta.run}: {meta.num_examples:,} examples, "
+        f"update for round {_number(meta)}, run {meta.run}: {meta.num_examples:,} examples, "
         f"{_metrics(meta.metrics)}; trained {meta.train_seconds:.1f} s "
         f"from {meta.base_digest[:12]}"
     )
@@ -155,12 +156,12 @@ def _partial(meta: schemas.PartialMeta) -> str:
 
 
 def _receipt(meta: schemas.Receipt) -> str:
-    which = "an update" if meta.round is None else f"the update for round {meta.round}"
+    which = "an update" if meta.round is None else f"the update for round {_number(meta)}"
     return f"{meta.verdict}: {which}" + (f": {_printable(meta.reason)}" if meta.reason else "")
 
 
 def _region_receipt(meta: schemas.RegionReceipt) -> str:
-    return f"accepted: round {meta.round}, run {meta.run}: {_list(meta.members)}"
+    return f"accepted: round {_number(meta)}, run {meta.run}: {_list(meta.members)}"
 
 
 def _slot(meta: schemas.Slot) -> str:
@@ -181,15 +182,15 @@ def _presence(meta: schemas.Presence) -> str:
 def _status(meta: schemas.Status) -> str:
     if not meta.online:
         return f"offline (boot {meta.boot})"
-    where = f", round {meta.round} of run {meta.run}" if meta.run else ""
+    where = f", round {_number(meta)} of run {meta.run}" if meta.run else ""
     return f"{meta.phase or 'online'}{where} (boot {meta.boot})"
 
 
 def _progress(meta: schemas.Progress) -> str:
     waiting = f"; waits for {_list(meta.waiting_for)}" if meta.waiting_for else ""
     return (
-        f"{meta.phase}, round {meta.round}: {meta.received} of {meta.expected} updates{waiting}; "
-        f"{meta.seconds_left:.0f} s to the deadline"
+        f"{meta.phase}, round {_number(meta)}: {meta.received} of {meta.expected} updates"
+        f"{waiting}; {meta.seconds_left:.0f} s to the deadline"
     )
 
 
@@ -279,6 +280,16 @@ def _named(how: str, reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
     return f"; {how}: " + _list([f"{name} ({why})" for name, why in reasons.items()])
+
+
+def _number(
+    meta: schemas.UpdateMeta
+    | schemas.Receipt
+    | schemas.RegionReceipt
+    | schemas.Status
+    | schemas.Progress,
+) -> str:
+    return schemas.numbered(meta.round or 0, meta.fog_round)
 
 
 def _list(names: Mapping[str, int] | list[str], limit: int = 10) -> str:

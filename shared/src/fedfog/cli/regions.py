@@ -19,7 +19,7 @@ class Region:
     """What is known of one region."""
 
     phase: str = "starting"
-    round: int | None = None
+    round: str | None = None
     online: set[str] = field(default_factory=set)
     received: int = 0
     expected: int = 0
@@ -59,13 +59,15 @@ class Regions:
                 region.bridge = online
             case schemas.Status(online=False):
                 region.phase = "offline"
-            case schemas.Status(phase=phase, round=round_):
-                if phase is Phase.OPEN and round_ != region.round:
+            case schemas.Status(phase=phase, round=round_, fog_round=fog_round):
+                number = None if round_ is None else schemas.numbered(round_, fog_round)
+                if phase is Phase.OPEN and number != region.round:
                     region.received, region.expected = 0, len(region.online)
-                region.phase, region.round = str(phase), round_
+                region.phase, region.round = str(phase), number
                 region.waiting_for = []
             case schemas.Progress() as progress:
-                region.phase, region.round = str(progress.phase), progress.round
+                region.phase = str(progress.phase)
+                region.round = schemas.numbered(progress.round, progress.fog_round)
                 region.received, region.expected = progress.received, progress.expected
                 region.waiting_for = progress.waiting_for
             case schemas.RegionReceipt(members=members):
@@ -88,7 +90,7 @@ class Regions:
             table.add_row(
                 name if region.bridge else name + above,
                 region.phase,
-                "" if region.round is None or over else str(region.round),
+                "" if region.round is None or over else region.round,
                 f"{len(region.online)}{of} online",
                 f"{region.received} of {region.expected}" if region.expected else "",
                 ", ".join(region.waiting_for[:3]) + (" ..." if len(region.waiting_for) > 3 else ""),

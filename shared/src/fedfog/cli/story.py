@@ -82,7 +82,7 @@ class Story:
         before = len(region.online) if region else 0
         self._regions.see(message)
         match message.meta:
-            case schemas.ModelMeta() as model:
+            case schemas.ModelMeta(fog_round=0) as model:
                 self._model(model, now)
             case schemas.RoundRecord() as record:
                 self._record(record)
@@ -91,10 +91,11 @@ class Story:
                 if before < online == of:
                     what = "clients" if presence.deadline is None else "regions"
                     self.say(f"{message.region}: {online} of {of} {what} online")
-            case schemas.RegionReceipt(round=round_, members=members):
+            case schemas.RegionReceipt(members=members) as closed:
                 below = any(r.parent == message.region for r in self._regions.by_name.values())
                 updates = ("partial" if below else "update") + "s" * (len(members) != 1)
-                self.say(f"{message.region}: round {round_} closed with {len(members)} {updates}")
+                number = schemas.numbered(closed.round, closed.fog_round)
+                self.say(f"{message.region}: round {number} closed with {len(members)} {updates}")
 
     def state(self) -> str:
         """Where the run is and whom each region waits for."""

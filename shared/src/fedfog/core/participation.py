@@ -40,12 +40,14 @@ class Connected:
 
 @dataclass(frozen=True)
 class ModelArrived:
-    """Global model `round - 1`: the client is to train for `round`."""
+    """Global model `round - 1`, or its region's model of `fog_round - 1` of `round`: the client is
+    to train for `fog_round` of `round`."""
 
     run: str
     run_started: int
     round: int
     finished: bool = False
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Trained:
 
     run: str
     round: int
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class VerdictArrived:
     verdict: str
     boot: int
     reason: str = ""
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Announce:
 class Train:
     run: str
     round: int
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Send:
     round: int
     attempt: int
     why: str
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class EmptyOutbox:
     round: int
     verdict: str
     reason: str
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,15 +166,16 @@ class Participation:
     Args:
         rng: for the jitter of the repeats.
         own_data: the client has data of its own and needs no slot.
-        outbox: (run, round) of an update that an earlier life of the client left there.
+        outbox: (run, round, fog_round) of an update that an earlier life of the client left there.
     """
 
     rng: random.Random
     own_data: bool = False
-    outbox: tuple[str, int] | None = None
+    outbox: tuple[str, int, int] | None = None
     duty: Duty = Duty.IDLE
     run: str | None = None
     round: int = 0
+    fog_round: int = 1
     slot: SlotDealt | None = None
     took_part: bool = False
     _run_started: int = 0
@@ -184,7 +192,7 @@ class Participation:
     def __post_init__(self) -> None:
         self._backoff = Backoff(self.rng)
         if self.outbox:
-            self.run, self.round = self.outbox
+            self.run, self.round, self.fog_round = self.outbox
             self.duty, self.took_part = Duty.SENDING, True
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -204,7 +212,12 @@ class Participation:
         """True if the model is newer than all that the client has seen."""
         if event.run_started < self._run_started:
             return False
-        return event.run != self.run or event.round > self.round
+        at = (self.round, self.fog_round)
+        return event.run != self.run or (event.round, event.fog_round) > at
+
+    def _is_present(self, event: Trained | VerdictArrived) -> bool:
+        at = (self.run, self.round, self.fog_round)
+        return (event.run, event.round, event.fog_round) == at
 
     def _connected(self, _event: Connected, now: float) -> list[Action]:
         actions: list[Action] = [Announce()]
@@ -223,7 +236,8 @@ class Participation:
         actions = self._void()
         if not same_run:
             self.took_part = False
-        self.run, self._run_started, self.round = event.run, event.run_started, event.round
+        self.run, self._run_started = event.run, event.run_started
+        self.round, self.fog_round = event.round, event.fog_round
         if event.finished:
             self.duty, self._due = Duty.IDLE, None
             return [*actions, RunFinished(event.run, self.took_part)]
@@ -240,13 +254,14 @@ class Participation:
         if self.duty is Duty.TRAINING:
             return [CancelTraining()]
         if self.duty in (Duty.SENDING, Duty.HELD) and self.run is not None:
-            return [EmptyOutbox(self.run, self.round, "void", "a newer model came first")]
+            why = "a newer model came first"
+            return [EmptyOutbox(self.run, self.round, "void", why, self.fog_round)]
         return []
 
     def _train(self) -> list[Action]:
         assert self.run is not None
         self.duty, self._due = Duty.TRAINING, None
-        return [Train(self.run, self.round)]
+        return [Train(self.run, self.round, self.fog_round)]
 
     def _slot_dealt(self, event: SlotDealt, _now: float) -> list[Action]:
         changed = event != self.slot
@@ -257,7 +272,7 @@ class Participation:
         return [Announce()] if changed and event.run == self.run else []
 
     def _trained(self, event: Trained, now: float) -> list[Action]:
-        if self.duty is not Duty.TRAINING or (event.run, event.round) != (self.run, self.round):
+        if self.duty is not Duty.TRAINING or not self._is_present(event):
             return []
         self.duty, self.took_part = Duty.SENDING, True
         self._attempt, self._trained_at = 0, now
@@ -270,11 +285,10 @@ class Participation:
         self._attempt += 1
         self._sent_at, self._was_sending = now, False
         self._due = now + self._backoff.next()
-        return [Send(self.run, self.round, self._attempt, why)]
+        return [Send(self.run, self.round, self._attempt, why, self.fog_round)]
 
     def _verdict(self, event: VerdictArrived, now: float) -> list[Action]:
-        mine = (event.run, event.round) == (self.run, self.round)
-        if not mine or self.duty not in (Duty.SENDING, Duty.HELD):
+        if not self._is_present(event) or self.duty not in (Duty.SENDING, Duty.HELD):
             return []
         if event.verdict == "received":
             if self._trained_at is not None:
@@ -287,7 +301,8 @@ class Participation:
                 return self._send("new boot of the aggregator", now)
             return []
         self.duty, self._due = Duty.IDLE, None
-        return [EmptyOutbox(event.run, event.round, event.verdict, event.reason)]
+        at = event.run, event.round
+        return [EmptyOutbox(*at, event.verdict, event.reason, event.fog_round)]
 
     def _aggregator_seen(self, event: AggregatorSeen, now: float) -> list[Action]:
         new = self._aggregator is None or event.boot > self._aggregator

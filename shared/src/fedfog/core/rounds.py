@@ -14,6 +14,12 @@ Saltzer, Reed and Clark 1984):
   before. If the aggregator dies before the commit, nothing was accepted and all owners send
   again; if it dies after it, the stored members answer every copy that is still under way.
 - A second copy from a member gets the first one's verdict and is not summed again.
+
+With `fog_rounds` F > 1 (HierFAVG: Liu et al. 2020, https://arxiv.org/abs/1905.06641) a region
+averages its clients F times in each global round. All of this holds for each of these regional
+rounds: 1 to F - 1 are committed and published as the region's model, which the next one trains
+from, and only F is the partial. Members and examples of the partial are those of regional round F:
+they are the weight of the region in the global model. An aggregator above others has one.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,10 +81,17 @@ class Newest:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the store has of a round: the committed members, or only the cohort."""
+    """What the store has of a round: the committed members, or only the cohort.
+
+    `regional` has the members of its committed regional rounds before the last one, `digest` and
+    `vector` are of the newest of these.
+    """
 
     cohort: frozenset[str]
     members: Mapping[str, int] | None  # None: not closed yet
+    regional: tuple[frozenset[str], ...] = ()
+    digest: str = ""
+    vector: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ class ModelArrived:
     stored: Stored | None = None
     slots: SlotTable | None = None
     vector: NDArray[np.float32] | None = None
+    fog_rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class UpdateArrived:
     metrics: Mapping[str, float]
     num_clients: int = 1  # whose updates are in it: more if it is the partial of a region
     federated: Federated | None = None  # of the global model that the round began with
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class Committed:
-    """The partial is in the store."""
+    """The aggregate is in the store. `digest` and, if the rule needs it, `vector` are its own."""
+
+    digest: str = ""
+    vector: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,12 +195,22 @@ class PublishPartial:
 
 
 @dataclass(frozen=True)
+class PublishRegional:
+    """Publish the stored aggregate of this regional round, which the next one trains from."""
+
+    run: str
+    round: int
+    fog_round: int
+
+
+@dataclass(frozen=True)
 class Answer:
     client: str
     run: str
     round: int
     verdict: Literal["received", "accepted", "late", "rejected"]
     reason: str = ""
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,7 @@ class AnswerMembers:
     run: str
     round: int
     members: tuple[str, ...]
+    fog_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -216,7 +245,7 @@ class StoreSlots:
 
 @dataclass(frozen=True)
 class Commit:
-    """Store the partial and its members in one transaction, and answer `Committed` or
+    """Store the aggregate and its members in one transaction, and answer `Committed` or
     `CommitFailed`."""
 
     run: str
@@ -227,8 +256,10 @@ class Commit:
     metrics: Mapping[str, float]
     collect_seconds: float
     num_clients: int
-    base_digest: str
-    federated: Federated | None = None
+    base_digest: str  # of the global model
+    federated: Federated | None
+    fog_round: int
+    last: bool  # it is the partial
 
 
 @dataclass(frozen=True)
@@ -247,6 +278,7 @@ class Exit:
 Action = (
     PublishStatus
     | PublishPartial
+    | PublishRegional
     | Answer
     | AnswerMembers
     | DealSlot
@@ -274,13 +306,15 @@ class RegionRounds:
         self.phase = Phase.WAITING
         self.run: str | None = None
         self.round = 0
+        self.fog_round = self.fog_rounds = 1
         self.present: dict[str, PresenceSeen] = {}
         self.cohort: frozenset[str] = frozenset()
         self.members: dict[str, int] = {}
         self.slots: SlotTable | None = None
         self.deadline = 0.0
         self._newest = newest or Newest("", 0, 0)
-        self._digest = ""
+        self._model_digest = self._digest = ""  # of the global model; of what is trained from
+        self._regional: list[frozenset[str]] = []  # members of the regional rounds before
         self._total: WeightedSum | Updates = WeightedSum(0)
         self._num_parameters = 0
         self._base: NDArray[np.float32] | None = None
@@ -317,6 +351,11 @@ class RegionRounds:
         return len(self.members) + len(self._awaited)
 
     @property
+    def last(self) -> bool:
+        """True in the regional round that makes the partial."""
+        return self.fog_round >= self.fog_rounds
+
+    @property
     def missing(self) -> list[str]:
         """Clients of the cohort that the round is waiting for, in order of names."""
         return sorted(self._awaited)
@@ -335,25 +374,37 @@ class RegionRounds:
 
     # Models
 
+    def is_news(self, event: ModelArrived) -> bool:
+        """True if the model is newer than all that the region has seen."""
+        newest = self._newest
+        if event.run_started < newest.run_started:
+            return False
+        if event.run == newest.run and event.round < newest.round:
+            return False
+        return (event.run, event.round) != (self.run, self.round)
+
     def _model(self, event: ModelArrived, now: float) -> list[Action]:
-        same_run, newest = event.run == self.run, self._newest
-        if event.run_started < newest.run_started or (
-            event.run == newest.run and event.round < newest.round
-        ):
+        if not self.is_news(event):
             fields = {"run": event.run, "round": event.round}
-            return [Log("info", "older_model_ignored", fields)]
-        if same_run and event.round == self.round:
-            return []
+            again = (event.run, event.round) == (self.run, self.round)
+            return [] if again else [Log("info", "older_model_ignored", fields)]
+        same_run = event.run == self.run
         actions: list[Action] = []
-        if self.phase in _OPEN and self.members:
-            void = {"round": self.round, "updates": sorted(self.members)}
+        if self.phase in _OPEN and (self.members or self._regional):
+            void = {"round": self._name, "updates": sorted(self.members)}
             actions.append(Log("warning", "round_overtaken_updates_void", void))
         # Right after a start it is not known yet who is there, and in a new run who will come.
         cohort_known = same_run and self.phase not in (Phase.WAITING, Phase.FORMING)
         self.run, self.round, self._full = event.run, event.round, False
         self._newest = Newest(event.run, event.run_started, event.round)
-        self._digest, self._num_parameters = event.digest, event.num_parameters
-        self._base = event.vector
+        self._model_digest = self._digest = event.digest
+        self._num_parameters, self._base = event.num_parameters, event.vector
+        self.fog_rounds = 1 if self.policy.children else event.fog_rounds
+        self.fog_round, self._regional = 1, []
+        if event.stored and event.stored.regional:
+            self._regional = list(event.stored.regional)
+            self.fog_round += len(self._regional)
+            self._digest, self._base = event.stored.digest, event.stored.vector
         # A child that was in the last round may be just starting again.
         children = self.policy.children & self.members.keys()
         self.members, self.cohort, self._awaited, self._departed = {}, frozenset(), set(), set()
@@ -365,14 +416,38 @@ class RegionRounds:
             self.phase = Phase.CLOSED
             self.members, self.cohort = dict(event.stored.members), event.stored.cohort
             return [*actions, PublishPartial(self.run, self.round), PublishStatus()]
-        if event.stored:
+        actions += self._publish_regional()
+        if event.stored and event.stored.cohort:
             return actions + self._open(event.stored.cohort, now)
-        if cohort_known and self._enough_to_form():
-            return actions + self._open(children | self.present.keys(), now)
+        if not cohort_known:
+            return actions + self._gather(now)
+        return actions + self._open_with(children | self.present.keys(), now)
+
+    def _open_with(self, cohort: frozenset[str], now: float) -> list[Action]:
+        """Open the round with those who are known to be there, if they are enough."""
+        return self._open(cohort, now) if self._enough_to_form() else self._gather(now)
+
+    def _gather(self, now: float) -> list[Action]:
         self.phase = Phase.FORMING
         self.deadline = now + self.policy.limit
         # A round that opens at once publishes its status itself.
-        return actions + (self._form(now) or [PublishStatus()])
+        return self._form(now) or [PublishStatus()]
+
+    def _publish_regional(self) -> list[Action]:
+        """The model of the regional round before, if there is one; `accepted` goes first, because
+        a newer model makes void what is unanswered."""
+        if self.run is None or not self._regional:
+            return []
+        before, members = self.fog_round - 1, tuple(sorted(self._regional[-1]))
+        return [
+            AnswerMembers(self.run, self.round, members, before),
+            PublishRegional(self.run, self.round, before),
+        ]
+
+    @property
+    def _name(self) -> int | str:
+        """The round as it is named in logs."""
+        return self.round if self.fog_rounds == 1 else f"{self.round}.{self.fog_round}"
 
     def _enough_to_form(self) -> bool:
         return len(self.present) >= max(1, self.policy.minimum)
@@ -427,7 +502,7 @@ class RegionRounds:
             self.slots = SlotTable.deal(self.run, needy)
         for client in sorted(cohort & self.present.keys()):
             dealt += self._deal(client, now, anew)
-        opened = {"round": self.round, "cohort": sorted(cohort), "quorum": self.expected}
+        opened = {"round": self._name, "cohort": sorted(cohort), "quorum": self.expected}
         return [
             StoreCohort(self._newest, cohort, self.slots),
             PublishStatus(),
@@ -519,9 +594,13 @@ class RegionRounds:
             return [self._answer(event, "late", f"the run is {self.run}")]
         if event.round < self.round:
             return [self._answer(event, "late", f"the round is {self.round}")]
-        if event.round > self.round:
+        if (event.round, event.fog_round) > (self.round, self.fog_round):
             # Its model has not come here yet. The owner repeats; a verdict would lose the update.
             return []
+        if event.fog_round < self.fog_round:
+            if event.client in self._regional[event.fog_round - 1]:
+                return [self._answer(event, "accepted")]
+            return [self._answer(event, "late", f"the round is {self._name}")]
         return None
 
     @staticmethod
@@ -530,7 +609,7 @@ class RegionRounds:
         verdict: Literal["received", "accepted", "late", "rejected"],
         reason: str = "",
     ) -> Answer:
-        return Answer(event.client, event.run, event.round, verdict, reason)
+        return Answer(event.client, event.run, event.round, verdict, reason, event.fog_round)
 
     # Presence and time
 
@@ -556,7 +635,7 @@ class RegionRounds:
             self._awaited.discard(event.client)
             self._departed.add(event.client)
             missing = len(self._awaited)  # names, in order, would cost all deaths together a square
-            fields = {"client": event.client, "round": self.round, "missing": missing}
+            fields = {"client": event.client, "round": self._name, "missing": missing}
             return [Log("info", "client_left_cohort", fields), *self._close_if_due(now)]
         if event.client not in self.present:
             self._newest_arrival = now
@@ -598,7 +677,7 @@ class RegionRounds:
         self.phase = Phase.STARVING
         self.deadline = now + self.policy.deadline
         fields = {
-            "round": self.round,
+            "round": self._name,
             "received": len(self.members),
             "minimum": self.policy.minimum,
             "waiting_for": self.missing[:10],
@@ -637,18 +716,25 @@ class RegionRounds:
                 metrics,
                 now - self._opened,
                 self._num_clients,
-                self._digest,
+                self._model_digest,
                 self._federated,
+                self.fog_round,
+                self.last,
             )
         ]
 
-    def _committed(self, _event: Committed, _now: float) -> list[Action]:
+    def _committed(self, event: Committed, now: float) -> list[Action]:
         assert self.run is not None
         self.phase = Phase.CLOSED
         self._total = WeightedSum(0)
+        if not self.last:
+            self._regional.append(frozenset(self.members))
+            self._digest, self._base = event.digest, event.vector
+            self.fog_round += 1
+            return self._publish_regional() + self._open_with(frozenset(self.present), now)
         return [
             PublishPartial(self.run, self.round),
-            AnswerMembers(self.run, self.round, tuple(sorted(self.members))),
+            AnswerMembers(self.run, self.round, tuple(sorted(self.members)), self.fog_round),
             PublishStatus(),
         ]
 
@@ -676,7 +762,7 @@ class RegionRounds:
     def _connected(self, _event: Connected, _now: float) -> list[Action]:
         if self.phase is Phase.CLOSED and self.run is not None:
             return [PublishStatus(), PublishPartial(self.run, self.round)]
-        return [PublishStatus()]
+        return [PublishStatus(), *self._publish_regional()]
 
     def _ignore(self, _event: Event, _now: float) -> list[Action]:
         return []

@@ -56,6 +56,15 @@ CHANNELS = (
         "its parent",
         tensors=True,
     ),
+    Channel(
+        "regional_model",
+        1,
+        schemas.ModelMeta,
+        "aggregator",
+        "clients",
+        retained=True,
+        tensors=True,
+    ),
     Channel("slot", 2, schemas.Slot, "aggregator", "client"),
     Channel(
         "presence",

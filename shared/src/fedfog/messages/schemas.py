@@ -15,6 +15,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RunId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the run")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Round = Annotated[int, Field(ge=0, le=10**9, description="number of the round")]
+FogRound = Annotated[int, Field(ge=1, le=10**6, description="regional round in it, from 1")]
 Examples = Annotated[int, Field(gt=0, le=10**15, description="number of examples")]
 Boot = Annotated[
     int, Field(ge=0, lt=2**63, description="boot id of the sender: later ones are higher")
@@ -100,7 +101,13 @@ class Training(BaseModel):
         "iid",
         description="how a region's part is dealt to its clients, likewise",
     )
-    fog_rounds: int = Field(1, ge=1, description="regional rounds in each global round")
+    fog_rounds: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="times that each region averages its clients for one global model (HierFAVG): "
+        "as many fewer legs to the centre for the same work",
+    )
 
 
 class Hyperparameters(Training):
@@ -174,8 +181,14 @@ class RunState(StrEnum):
     FINISHED = "finished"
 
 
+def numbered(round: int, fog_round: int) -> str:
+    """A round as ids have it: `3`, and `3.2` for what is of its second regional round."""
+    return str(round) if fog_round == 1 else f"{round}.{fog_round}"
+
+
 class ModelMeta(Payload):
-    """Global model of a run after `round` completed rounds (model 0 is the initial one)."""
+    """Global model of a run after `round` completed rounds (model 0 is the initial one); or what a
+    region has made of it in `fog_round` regional rounds."""
 
     max_bytes = LARGE
 
@@ -184,6 +197,9 @@ class ModelMeta(Payload):
         ge=0, lt=2**63, description="orders the runs: unix seconds of its beginning"
     )
     round: Round = Field(description="completed rounds; clients train for the next one")
+    fog_round: int = Field(
+        0, ge=0, lt=10**6, description="completed regional rounds since then, likewise"
+    )
     rounds: Round = Field(description="rounds that the run is to have")
     state: RunState = Field(description="`finished`: this is the run's last model")
     digest: Digest = Field(description="SHA-256 of the tensors' bytes")
@@ -218,9 +234,10 @@ class UpdateMeta(Payload):
 
     run: RunId
     round: Round
+    fog_round: FogRound = 1
     region: Name = Field(description="as in the topic")
     client: Name = Field(description="as in the topic")
-    base_digest: Digest = Field(description="digest of the global model trained from")
+    base_digest: Digest = Field(description="digest of the model trained from")
     num_examples: Examples = Field(description="training examples, the weight in the mean")
     encoding: Literal["float32"] = Field("float32", description="of the tensors")
     metrics: ClientMetrics = Field(description="the client's own")
@@ -229,11 +246,23 @@ class UpdateMeta(Payload):
     @property
     def id(self) -> str:
         """The id under which every tier logs this update."""
-        return f"{self.run}/{self.round}/{self.region}/{self.client}"
+        return f"{self.run}/{numbered(self.round, self.fog_round)}/{self.region}/{self.client}"
+
+
+class FogRoundRecord(BaseModel):
+    """A regional round before the one that made the partial."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    num_clients: int = Field(ge=1, description="clients whose update is in the region's model")
+    num_examples: Examples = Field(description="their training examples")
+    train_loss: Loss = Field(description="mean over them, weighted by examples")
+    seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
 
 
 class PartialMeta(Payload):
-    """A region's aggregate of the updates that it accepted in one round."""
+    """A region's aggregate of the updates that it accepted in one round; with FOG_ROUNDS, in the
+    last regional round, whose examples are the region's weight in the global model."""
 
     max_bytes = LARGE
 
@@ -268,6 +297,9 @@ class PartialMeta(Payload):
         description="members that the rule left out or damped, and why; 1,000 at most",
     )
     suspicious_more: int = Field(default=0, ge=0, description="such members beyond those")
+    regional: list[FogRoundRecord] = Field(
+        default_factory=list, description="the regional rounds before this one"
+    )
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="per step")
 
     @property
@@ -287,6 +319,7 @@ class Receipt(Payload):
 
     run: RunId | None = None
     round: Round | None = None
+    fog_round: FogRound = 1
     verdict: Verdict = Field(
         description="`received`: in the memory of this boot, keep it; `accepted`: in a committed "
         "partial; `late`, `rejected`: in none"
@@ -302,6 +335,7 @@ class RegionReceipt(Payload):
 
     run: RunId
     round: Round
+    fog_round: FogRound = 1
     boot: Boot
     members: list[Name] = Field(description="clients whose update is accepted")
 
@@ -346,6 +380,7 @@ class Status(Payload):
     boot: Boot
     run: RunId | None = None
     round: Round | None = None
+    fog_round: FogRound = 1
     phase: Phase | None = Field(default=None, description="of the round in this region")
 
 
@@ -354,6 +389,7 @@ class Progress(Payload):
 
     run: RunId
     round: Round
+    fog_round: FogRound = 1
     phase: Phase = Field(description="of the round in this region")
     received: int = Field(ge=0, description="updates that are in the sum")
     expected: int = Field(ge=0, description="updates that close the round")

@@ -43,6 +43,9 @@ class Topics:
         """Of a region whose parent is another aggregator."""
         return f"{self.partial}/{parent}/{region}"
 
+    def regional_model(self, region: str) -> str:
+        return f"{self.prefix}/regional_model/{region}"
+
     def receipts(self, region: str, client: str | None = None) -> str:
         """A client's own receipts or, without a client, those for a whole region."""
         return f"{self.prefix}/receipts/{region}" + (f"/{client}" if client else "")

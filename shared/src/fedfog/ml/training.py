@@ -57,12 +57,13 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, NDArray[np.float32]]) -> 
     model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
 
 
-def round_seed(seed: int, round: int, slot: int) -> int:
+def round_seed(seed: int, round: int, slot: int, fog_round: int = 1) -> int:
     """Seed below 2**63 for what a client draws in one round; the same on every machine.
 
     `seed` is the run's, `slot` the client's; round 0 stands for what is drawn once, the split.
     """
-    sequence = np.random.SeedSequence(seed, spawn_key=(round, slot))
+    key = (round, slot) if fog_round == 1 else (round, slot, fog_round)
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
