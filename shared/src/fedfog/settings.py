@@ -77,7 +77,9 @@ class DataSettings(CommonSettings):
     """Settings of a service that knows the learning task."""
 
     task: str = Field(
-        "ecg5000", description="`ecg5000`, `ecg5000-5class`, or `package.module:attribute`"
+        "ecg5000",
+        description="`ecg5000`, `ecg5000-5class`, `wesad`, `wesad-unscaled`, or "
+        "`package.module:attribute`; arguments after a `?`, as in `wesad?test=S2,S3`",
     )
     data_dir: Path = Field(Path("data"), description="folder of the data sets")
 

@@ -26,7 +26,7 @@ SUBJECTS = tuple(f"S{number}" for number in (*range(2, 12), *range(13, 18)))
 WINDOW_SECONDS, STEP_SECONDS = 60, 10
 LABEL_RATE = 700  # Hz
 BASELINE, STRESS, AMUSEMENT = 1, 2, 3
-_MOST_BYTES = 2 << 30  # twice the largest recording
+_MOST_BYTES = 2 << 30  # a recording of two hours has 1.2 GB
 _HEART, _BREATH = (0.7, 3.5), (0.1, 0.5)  # Hz
 
 
@@ -143,11 +143,11 @@ def features(recording: Recording, start: int) -> NDArray[np.float32]:
         # Of acceleration its size, which does not depend on how the device is worn.
         samples = np.linalg.norm(window, axis=1) if signal.columns > 1 else window[:, 0]
         seconds = (np.arange(len(samples)) - (len(samples) - 1) / 2) / signal.rate
-        slope = float(seconds @ samples / (seconds @ seconds))
+        slope = float((seconds * samples).sum() / (seconds * seconds).sum())
         values += [samples.mean(), samples.std(), samples.min(), samples.max(), slope]
         if signal.band:
             # The ECG's own spectrum is that of its peaks' shape; their steepness comes per beat.
-            rhythm = np.diff(samples) ** 2 if signal.key == "ECG" else samples
+            rhythm = np.gradient(samples) ** 2 if signal.key == "ECG" else samples
             values.append(_rhythm(rhythm, signal.rate, signal.band))
     return np.array(values, np.float32)
 
