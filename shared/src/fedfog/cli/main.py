@@ -38,7 +38,7 @@ def demo(
         int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
     ] = 3,
     task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, ecg5000-5class or package.module:attribute")
+        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
     ] = "ecg5000",
     broker: Annotated[
         Literal["auto", "mosquitto", "embedded"],
@@ -106,7 +106,7 @@ def simulate(
         int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
     ] = 3,
     task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, ecg5000-5class or package.module:attribute")
+        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
     ] = "ecg5000",
     runs_dir: Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")] = Path(
         "runs"
@@ -161,7 +161,7 @@ def partition(
     ] = "iid",
     seed: Annotated[int, typer.Option(min=0, envvar="SEED", help="of the run")] = 42,
     task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, ecg5000-5class or package.module:attribute")
+        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
     ] = "ecg5000",
     data_dir: Annotated[
         Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
