@@ -85,3 +85,17 @@ def test_clients_that_all_have_data_of_their_own_need_no_training_set(tmp_path: 
             for client, examples in partial["members"].items()
         }
         assert members == sizes
+
+
+def test_rounds_that_everybody_sits_out_are_trained_after_the_deadline(tmp_path: Path) -> None:
+    summary = demo(
+        tmp_path / "runs",
+        "--rounds=2",
+        DATA_DIR=REPOSITORY / "data",
+        CLIENT_DROPOUT=0.999999,
+        ROUND_DEADLINE=1,
+    )
+    assert summary["status"] == "completed"
+    assert min(summary["clients"]) >= 1
+    logs = (tmp_path / "runs" / "latest" / "logs").glob("*-client-*.log")
+    assert all(text.count("sits_round_out") == 2 for text in map(Path.read_text, logs))
