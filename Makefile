@@ -20,7 +20,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-compose chaos fuzz lint bench bench-full docs clean
+.PHONY: help env demo test test-compose chaos fuzz lint bench bench-full results docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ lint: env ## style, types and layers
 
 bench: env ## FedFog and stock Flower side by side: time of a round, memory, bytes; five minutes
 	@$(VENV)/bin/python -m bench
+
+results: env ## what is learned over the real stack, three seeds: writes docs/results.md; a quarter of an hour
+	@$(VENV)/bin/python -m bench.learning
 
 bench-full: env ## all sizes and rivals, big models; writes the figures of docs/scaling.md; half an hour
 	@$(VENV)/bin/python -m bench --full
