@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import pickle2
 from fedfog.ml import wesad
+from fedfog.ml.own_data import load
 from fedfog.ml.task import DataError, TaskError, load_task
 from fedfog.ml.wesad import FEATURES, SIGNALS, Wesad, WesadUnscaled, read_recording, windows
 
@@ -155,14 +156,14 @@ def test_client_with_its_own_recording_has_what_the_table_has_of_it(data_dir: Pa
     path = data_dir / "WESAD" / "S2" / "S2.pkl"
     for name in ("wesad", "wesad-unscaled"):
         task = load_task(f"{name}?test=S15", data_dir=data_dir)
-        own, dealt = task.own_data(path), task.training_data(np.arange(7))
+        own, dealt = load(task, path), task.training_data(np.arange(7))
         assert torch.equal(own.tensors[1], dealt.tensors[1])
         assert torch.allclose(own.tensors[0], dealt.tensors[0])
 
 
 def test_calibrated_client_needs_nothing_but_its_own_recording(tmp_path: Path) -> None:
     task = Wesad(tmp_path)
-    inputs, _ = task.own_data(write(tmp_path, recording("S7", SHORT))).tensors
+    inputs, _ = load(task, write(tmp_path, recording("S7", SHORT))).tensors
     assert task.build_model(0)(inputs).shape == (1, 1)
 
 
