@@ -24,7 +24,9 @@ def fedavg(
     """Global models 0 to `rounds` of a client for each slot of each region, every client in every
     round (McMahan et al. 2017, arXiv:1602.05629, algorithm 1), and in every one of `fog_rounds`
     regional rounds (HierFAVG: Liu et al. 2020, arXiv:1905.06641, of which this is FedAvg up to
-    rounding if there is one). Seeds are what the real client uses."""
+    rounding if there is one). Seeds are what the real client uses, and a region's partial is
+    rounded to float32 as it is on the wire: training, above all with Adam, carries a difference in
+    the last bit on."""
     seed = parameters.seed
     model, labels = task.build_model(seed), task.training_labels()
     datasets: list[dict[int, TensorDataset]] = []  # of each region, by number of the slot
@@ -47,10 +49,10 @@ def fedavg(
                     training.load_arrays(model, regional)
                     drawn = training.round_seed(seed, round, number, fog_round)
                     training.train_local(task, model, dataset, parameters, round=round, seed=drawn)
-                    _add(mean, training.state_arrays(model), len(dataset) / _examples(region))
-                regional = _rounded(mean)
-            _add(total, mean, _examples(region) / sum(map(_examples, datasets)))
-        state = _rounded(total)
+                    _add(mean, training.state_arrays(model), len(dataset))
+                regional = _mean(mean, _examples(region))
+            _add(total, regional, _examples(region))
+        state = _mean(total, sum(map(_examples, datasets)))
         yield state
 
 
@@ -58,10 +60,10 @@ def _examples(region: Mapping[int, TensorDataset]) -> int:
     return sum(map(len, region.values()))
 
 
-def _add(total: Sums, arrays: training.Arrays | Sums, weight: float) -> None:
+def _add(total: Sums, arrays: training.Arrays, examples: int) -> None:
     for name, array in arrays.items():
-        total[name] += weight * array
+        total[name] += np.float64(examples) * array
 
 
-def _rounded(sums: Sums) -> training.Arrays:
-    return {name: array.astype(np.float32) for name, array in sums.items()}
+def _mean(total: Sums, examples: int) -> training.Arrays:
+    return {name: (array / examples).astype(np.float32) for name, array in total.items()}
