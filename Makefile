@@ -59,7 +59,7 @@ bench-full: env ## all sizes and rivals, big models; writes the figures of docs/
 	@$(VENV)/bin/python -m bench.scaling --write
 
 docs: env ## write docs/settings.md, docs/messages.md and .env.example anew
-	$(VENV)/bin/python -m fedfog.cli.reference .
+	$(VENV)/bin/python -m fedfog.cli.pages .
 
 clean: ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

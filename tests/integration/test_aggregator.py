@@ -204,6 +204,22 @@ def test_cohort_forms_when_the_quorum_is_there_and_nobody_has_to_share_a_slot(
     assert sorted(slots.values()) == [0, 1]
 
 
+def test_round_that_closes_at_once_is_answered_by_one_accepted_for_all(
+    start: Callable[..., Region],
+) -> None:
+    region = start(clients_expected=2, round_deadline=600)
+    region.open("a", "b")
+    region.send("a", 1)
+    region.send("b", 3)
+    region.partial()
+    region.open("a", "b", round=2)
+    region.send("a", 1, round=2)
+    # It is sent with all other `received` that are due.
+    assert region.receipt("a", "received")["round"] == 2
+    receipts = [json.loads(p) for t, p in region.peer.received if t.startswith("fl/receipts/")]
+    assert [r.get("members") for r in receipts if r["round"] == 1] == [["a", "b"]]
+
+
 def test_round_closes_at_the_deadline_without_a_silent_client(
     start: Callable[..., Region],
 ) -> None:

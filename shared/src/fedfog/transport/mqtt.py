@@ -105,8 +105,12 @@ def explain(error: OSError | None, reached: bool, identity: Identity | None) -> 
         said = reason.rpartition("ALERT_")[2].replace("_", " ").lower()
         return f"our certificate is refused ({said}): {identity.fault() or 'ask who issued it'}"
     if identity and reached:
-        fault = identity.fault() or "is it revoked, or of a CA that the broker does not know?"
-        return f"our certificate is refused ({said}): {fault}"
+        if fault := identity.fault():
+            return f"our certificate is refused ({said}): {fault}"
+        return (
+            f"{said} after the handshake: is our certificate revoked, or of a CA that the broker "
+            "does not know? Or is the broker overloaded?"
+        )
     if reached:
         return f"{said}: does it want TLS (TLS_DIR)?"
     if isinstance(error, ssl.SSLError | ConnectionResetError):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from fedfog import settings
-from fedfog.cli import reference
+from fedfog.cli import pages
 from fedfog.messages.catalog import CHANNELS
 from fedfog.messages.topics import Topics
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = reference.pages()
+PAGES = pages.pages()
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -47,7 +47,7 @@ def test_every_settings_class_of_a_service_is_on_the_page() -> None:
         for cls in vars(settings).values()
         if inspect.isclass(cls) and issubclass(cls, settings.CommonSettings) and cls not in bases
     }
-    assert services == set(reference.SERVICES.values())
+    assert services == set(pages.SERVICES.values())
 
 
 def test_env_example_has_the_settings_of_the_compose_file_and_no_others() -> None:

@@ -1,4 +1,4 @@
-"""`python -m fedfog.cli.reference FOLDER`: the reference pages, made from the code they describe.
+"""`python -m fedfog.cli.pages FOLDER`: the reference pages, made from the code they describe.
 
 They are `docs/settings.md`, `docs/messages.md` and `.env.example` of the repository in FOLDER.
 """
