@@ -213,9 +213,9 @@ def test_round_that_closes_at_once_is_answered_by_one_accepted_for_all(
     region.send("b", 3)
     region.partial()
     region.open("a", "b", round=2)
-    region.send("a", 1, round=2)
-    # It is sent with all other `received` that are due.
-    assert region.receipt("a", "received")["round"] == 2
+    region.send("b", 3, round=2)
+    # It is sent with all other `received` that are due, and after one for a.
+    assert region.receipt("b", "received")["round"] == 2
     receipts = [json.loads(p) for t, p in region.peer.received if t.startswith("fl/receipts/")]
     assert [r.get("members") for r in receipts if r["round"] == 1] == [["a", "b"]]
 
