@@ -16,12 +16,34 @@ app = typer.Typer(
 app.add_typer(identity.token, name="token")
 app.add_typer(identity.client, name="client")
 
+Rounds = Annotated[int, typer.Option(min=1, envvar="ROUNDS", help="global rounds")]
+Regions = Annotated[int, typer.Option(min=1, help="regions, each with its fog")]
+Seed = Annotated[
+    int, typer.Option(min=0, envvar="SEED", help="of weights, partition and shuffling")
+]
+LocalEpochs = Annotated[
+    int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
+]
+Task = Annotated[
+    str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
+]
+DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")]
+RunsDir = Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")]
+TimeLimit = Annotated[float, typer.Option(min=1, help="seconds after which it gives up")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="tell each round, until the end")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", exists=True, file_okay=False, help="folder of a run, such as runs/latest"
+    ),
+]
+
 
 @app.command()
 def demo(
     clients: Annotated[int, typer.Option(min=1, help="clients in each region")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, envvar="ROUNDS", help="global rounds")] = 3,
-    regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 1,
+    rounds: Rounds = 3,
+    regions: Regions = 1,
     tiers: Annotated[
         int,
         typer.Option(
@@ -31,15 +53,9 @@ def demo(
             "over every two of the tier below",
         ),
     ] = 2,
-    seed: Annotated[
-        int, typer.Option(min=0, envvar="SEED", help="of weights, partition and shuffling")
-    ] = 42,
-    local_epochs: Annotated[
-        int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
-    ] = 3,
-    task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
-    ] = "ecg5000",
+    seed: Seed = 42,
+    local_epochs: LocalEpochs = 3,
+    task: Task = "ecg5000",
     broker: Annotated[
         Literal["auto", "mosquitto", "embedded"],
         typer.Option(help="auto: Mosquitto if it is installed, else the embedded one"),
@@ -52,15 +68,9 @@ def demo(
             "needs Mosquitto",
         ),
     ] = False,
-    runs_dir: Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")] = Path(
-        "runs"
-    ),
-    data_dir: Annotated[
-        Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
-    ] = Path("data"),
-    time_limit: Annotated[
-        float, typer.Option(min=1, help="seconds after which the demo gives up")
-    ] = 3600,
+    runs_dir: RunsDir = Path("runs"),
+    data_dir: DataDir = Path("data"),
+    time_limit: TimeLimit = 3600,
 ) -> None:
     """Run a whole federation on this machine: every tier as its own process, on loopback.
 
@@ -89,7 +99,7 @@ def demo(
 @app.command()
 def simulate(
     clients: Annotated[int, typer.Option(min=1, help="clients in all")] = 1000,
-    regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 4,
+    regions: Regions = 4,
     processes: Annotated[
         int,
         typer.Option(
@@ -98,25 +108,13 @@ def simulate(
             "Default: as many as there are cores",
         ),
     ] = 0,
-    rounds: Annotated[int, typer.Option(min=1, envvar="ROUNDS", help="global rounds")] = 5,
-    seed: Annotated[
-        int, typer.Option(min=0, envvar="SEED", help="of weights, partition and shuffling")
-    ] = 42,
-    local_epochs: Annotated[
-        int, typer.Option(min=1, envvar="LOCAL_EPOCHS", help="epochs of a client in a round")
-    ] = 3,
-    task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
-    ] = "ecg5000",
-    runs_dir: Annotated[Path, typer.Option(envvar="RUNS_DIR", help="folder of the results")] = Path(
-        "runs"
-    ),
-    data_dir: Annotated[
-        Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
-    ] = Path("data"),
-    time_limit: Annotated[
-        float, typer.Option(min=1, help="seconds after which the simulation gives up")
-    ] = 36000,
+    rounds: Rounds = 5,
+    seed: Seed = 42,
+    local_epochs: LocalEpochs = 3,
+    task: Task = "ecg5000",
+    runs_dir: RunsDir = Path("runs"),
+    data_dir: DataDir = Path("data"),
+    time_limit: TimeLimit = 36000,
 ) -> None:
     """Run a federation of very many clients on this machine: like the demo, but a process hosts
     many clients.
@@ -152,20 +150,16 @@ def simulate(
 @app.command()
 def partition(
     clients: Annotated[int, typer.Option(min=1, help="clients in each region")] = 3,
-    regions: Annotated[int, typer.Option(min=1, help="regions, each with its fog")] = 1,
+    regions: Regions = 1,
     partition: Annotated[
         str, typer.Option(envvar="PARTITION", help="of a region's part to its clients")
     ] = "iid",
     region_partition: Annotated[
         str, typer.Option(envvar="REGION_PARTITION", help="of the training set to the regions")
     ] = "iid",
-    seed: Annotated[int, typer.Option(min=0, envvar="SEED", help="of the run")] = 42,
-    task: Annotated[
-        str, typer.Option(envvar="TASK", help="ecg5000, wesad ... or package.module:attribute")
-    ] = "ecg5000",
-    data_dir: Annotated[
-        Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")
-    ] = Path("data"),
+    seed: Seed = 42,
+    task: Task = "ecg5000",
+    data_dir: DataDir = Path("data"),
     show: Annotated[bool, typer.Option("--show", help="draw it, too")] = False,
     out: Annotated[Path, typer.Option(help="file of the picture")] = Path("partition.png"),
 ) -> None:
@@ -199,12 +193,6 @@ def monitor(
         if not text or "#" in levels[:-1] or any(set(v) & set("+#") and len(v) > 1 for v in levels):
             raise typer.BadParameter(f"not an MQTT topic filter: {text!r}")
     raise typer.Exit(command.run(topic_filter or []))
-
-
-RunsDir = Annotated[
-    Path, typer.Option(envvar="RUNS_DIR", help="folder of the results of the server's runs")
-]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="tell each round, until the end")]
 
 
 @app.command()
@@ -299,9 +287,7 @@ def experiment(
     sweep: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="TOML file (docs/experiments.md)")
     ],
-    runs_dir: Annotated[
-        Path, typer.Option(envvar="RUNS_DIR", help="in which the sweep has a folder")
-    ] = Path("runs"),
+    runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Do runs over a grid of settings and seeds on a federation of this machine, and put the
     results into one table, plots and a page.
@@ -326,15 +312,6 @@ def report(
     from fedfog.cli import report as command
 
     raise typer.Exit(command.run(folders))
-
-
-RunFolder = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN", exists=True, file_okay=False, help="folder of a run, such as runs/latest"
-    ),
-]
-DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="folder of the data sets")]
 
 
 @app.command()
