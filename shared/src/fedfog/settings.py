@@ -407,6 +407,13 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation, StrategySett
         False, description="end with the run's exit code instead of standing by for the next run"
     )
 
+    @field_validator("momentum")
+    @classmethod
+    def _of_sgd(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("optimizer") == "adam":
+            raise ValueError("is of OPTIMIZER=sgd alone: adam would ignore it")
+        return value
+
     @property
     def superlink_dir(self) -> Path | None:
         """Folder of the SuperLink's certificate; None: it is plain HTTP."""
