@@ -10,7 +10,7 @@ import numpy as np
 import paho.mqtt.client as paho
 import psutil
 
-from conftest import Peer, Service
+from conftest import LIMIT, Peer, Service
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.messages.codec import TensorMessage, decode, digest_of, encode
 from fedfog.messages.schemas import (
@@ -22,7 +22,6 @@ from fedfog.messages.schemas import (
 )
 
 MODEL = "fl/global_model"
-LIMIT = 90.0  # seconds for what takes about ten on an idle machine
 
 
 class Region(Peer):
@@ -125,7 +124,7 @@ def descendants(service: Service) -> list[psutil.Process]:
     return children
 
 
-def assert_gone(processes: list[psutil.Process], within: float = 5.0) -> None:
+def assert_gone(processes: list[psutil.Process], within: float = 15.0) -> None:
     deadline = time.monotonic() + within
     while alive := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < deadline, f"still running: {alive}"

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
-from conftest import Peer
+from conftest import LIMIT, Peer
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.flower import FLOWER_ENVIRONMENT
 from fedfog.flower.fleet import RunStatus, register_node, run_status, submit_run
@@ -89,7 +89,7 @@ class SuperLink:
                 env=env,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while not self._healthy():
             assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
             time.sleep(0.05)
@@ -149,7 +149,7 @@ class FlowerRun:
             return []
         return [json.loads(line) for line in self.out.read_text().splitlines()]
 
-    def wait_rounds(self, number: int, timeout: float = 60.0) -> list[dict[str, Any]]:
+    def wait_rounds(self, number: int, timeout: float = LIMIT) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout
         while len(self.rounds) < number:
             assert time.monotonic() < deadline, self.superlink.tail()
@@ -159,7 +159,7 @@ class FlowerRun:
             time.sleep(0.1)
         return self.rounds
 
-    def wait_state(self, state: str, timeout: float = 60.0) -> str:
+    def wait_state(self, state: str, timeout: float = LIMIT) -> str:
         """Wait for the run's state; returns its details."""
         deadline = time.monotonic() + timeout
         while (status := self._status()).state != state:

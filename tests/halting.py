@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from conftest import REPOSITORY, Service
+from conftest import LIMIT, REPOSITORY, Service
 
 
 class Halt:
@@ -43,7 +43,7 @@ class Halt:
         temporary.replace(self._file)
         return self
 
-    def wait(self, service: Service, timeout: float = 60.0) -> None:
+    def wait(self, service: Service, timeout: float = LIMIT) -> None:
         """Wait until the service is halted."""
         deadline = time.monotonic() + timeout
         while not self._reached.exists():
@@ -67,4 +67,4 @@ def kill_all(service: Service) -> None:
         except ProcessLookupError:  # it died with its parent
             continue
     service.process.wait()
-    psutil.wait_procs(children, 10)
+    psutil.wait_procs(children, LIMIT)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from conftest import Peer, Service
+from conftest import LIMIT, Peer, Service
 from fedfog.messages.codec import TensorMessage, Vector, decode
 from fedfog.messages.schemas import PartialMeta
 from wire import birth, constant, model, update
@@ -28,7 +28,7 @@ class Region:
         self.peer.publish("fl/global_model", model(BASE, round - 1, **fields), retain=True)
         self.wait_phase("open", round, after)
 
-    def wait_phase(self, phase: str, round: int, after: int = 0, timeout: float = 20.0) -> None:
+    def wait_phase(self, phase: str, round: int, after: int = 0, timeout: float = LIMIT) -> None:
         def seen(topic: str, payload: bytes) -> bool:
             if topic != "fl/status/region_0":
                 return False

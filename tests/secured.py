@@ -13,13 +13,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from conftest import REPOSITORY
+from conftest import LIMIT, REPOSITORY
 from fedfog.cli.broker import LocalBroker
 from fedfog_enrolment.ca import CA, key_pem, new_key, pem
 
 NOT_AUTHORIZED = 0x87
 SHIPPED = REPOSITORY / "mosquitto" / "mosquitto.conf"
-SECONDS = 20.0
 
 
 def shipped_broker(folder: Path, tls_dir: Path) -> LocalBroker:
@@ -119,7 +118,7 @@ class Holder:
 
     def until(self, done: Callable[[], bool]) -> None:
         """Move the session until something is so."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + LIMIT
         while not done():
             assert time.monotonic() < deadline, "the broker does not answer"
             if self._client.loop(0.1) != paho.MQTT_ERR_SUCCESS and not done():

@@ -10,6 +10,7 @@ import pytest
 from chaos.federation import Federation
 from chaos.proxy import Sighting
 from chaos.schedule import SERVER, Fault
+from conftest import LIMIT
 from fedfog.cli.broker import installed_mosquitto
 from fedfog.messages.codec import decode_json, decode_meta
 from fedfog.messages.schemas import ModelMeta, PartialMeta, Receipt, Status
@@ -17,7 +18,6 @@ from fedfog.messages.schemas import ModelMeta, PartialMeta, Receipt, Status
 REGION = "region_0"
 AGGREGATOR = f"{REGION}-aggregator"
 CLIENTS = ("c0", "c1", "c2")
-LIMIT = 60.0
 
 pytestmark = pytest.mark.skipif(installed_mosquitto() is None, reason="needs Mosquitto")
 

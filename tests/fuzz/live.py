@@ -99,7 +99,7 @@ class Fog:
                 return False
             return meta.run == "fuzz" and HONEST in meta.members
 
-        self.hostile.wait_for(counted, 60.0, after)
+        self.hostile.wait_for(counted, after=after)
         del self.hostile.received[:-1]
 
     def check_alive(self) -> None:
@@ -120,7 +120,7 @@ class Fog:
     def stop(self) -> None:
         """Raises LiveError: a service does not end as it should."""
         self.hostile.close()
-        codes = {name: service.stop(20.0) for name, service in self.services.items()}
+        codes = {name: service.stop() for name, service in self.services.items()}
         self.broker.stop()
         if any(codes.values()):
             raise LiveError(f"exit codes {codes}")

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from centre import LIMIT, MODEL, Centre, Region, assert_gone, descendants, expected, lines
-from conftest import Peer, Service
+from centre import MODEL, Centre, Region, assert_gone, descendants, expected, lines
+from conftest import LIMIT, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.flower.strategy import make_strategy
 from fedfog.messages.codec import decode, decode_json

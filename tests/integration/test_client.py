@@ -53,7 +53,7 @@ class Edge:
             meta = decode(payload, UpdateMeta).meta
             return (meta.run, meta.round) == (run, round)
 
-        return decode(self.peer.wait_for(seen, 40, after), UpdateMeta)
+        return decode(self.peer.wait_for(seen, after=after), UpdateMeta)
 
     def answer(self, verdict: Verdict, round: int = 1, boot: int = 5, run: str = "run") -> None:
         receipt = Receipt(run=run, round=round, verdict=verdict, boot=boot)

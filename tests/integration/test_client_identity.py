@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from conftest import REPOSITORY, Service
+from conftest import LIMIT, REPOSITORY, Service
 from fedfog.cli.broker import LocalBroker, free_port, installed_mosquitto
 from fedfog.messages.codec import TensorTable, decode_json, decode_meta
 from fedfog.messages.schemas import PartialMeta, RegionReceipt
@@ -38,7 +38,6 @@ REGION = "region_0"
 ARRAYS = state_arrays(load_task("ecg5000", data_dir=REPOSITORY / "data").build_model(7))
 TABLE = TensorTable.of(ARRAYS)
 BASE = TABLE.flatten(ARRAYS)
-LIMIT = 60.0
 
 
 class Forgetful(Enrolment):

@@ -66,14 +66,14 @@ class Fog(Peer):
             status = json.loads(payload) if topic == f"fl/status/{region}" and payload else {}
             return (status.get("phase"), status.get("round")) == (phase, round)
 
-        self.wait_for(seen, 60, after)
+        self.wait_for(seen, after=after)
 
     def partial(self, topic: str, round: int = 1, after: int = 0) -> TensorMessage[PartialMeta]:
         def seen(on: str, payload: bytes) -> bool:
             mine = on == f"fl/partial/{topic}" and payload
             return bool(mine) and decode(payload, PartialMeta).meta.round == round
 
-        return decode(self.wait_for(seen, 60, after), PartialMeta)
+        return decode(self.wait_for(seen, after=after), PartialMeta)
 
     def accepted(self, region: str, round: int = 1) -> list[list[str]]:
         """Members of each close of a round."""

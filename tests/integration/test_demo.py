@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import REPOSITORY
+from conftest import LIMIT, REPOSITORY
 from fedfog.cli.broker import installed_mosquitto
 
 MARK = "FEDFOG_TEST_DEMO"
@@ -66,7 +66,7 @@ class Demo:
             env=env_of(self.runs, self.processes) | environment,
         )
 
-    def line(self, words: str, timeout: float = 60.0) -> str:
+    def line(self, words: str, timeout: float = LIMIT) -> str:
         """The next line with these words; empty if the demo ends before it."""
         assert self.process.stdout is not None
         limit = threading.Timer(timeout, self.process.kill)
@@ -80,10 +80,10 @@ class Demo:
             limit.cancel()
         return ""
 
-    def end(self, timeout: float = 60.0) -> tuple[int, str]:
+    def end(self, timeout: float = LIMIT) -> tuple[int, str]:
         """Wait for its end; exit code and all output."""
         self.line("\0", timeout)
-        return self.process.wait(10), "\n".join(self.lines)
+        return self.process.wait(LIMIT), "\n".join(self.lines)
 
 
 def env_of(runs: Path, processes: Processes) -> dict[str, str]:
@@ -155,7 +155,7 @@ def test_demo_runs_on_the_embedded_broker(
 
 def test_demo_of_four_tiers_counts_every_client(demo: Callable[..., Demo]) -> None:
     run = demo("--tiers", "4", "--regions", "3", "--clients", "1", "--rounds", "2")
-    code, output = run.end(120)
+    code, output = run.end(2 * LIMIT)
     assert code == 0, output
     assert_complete(run, output, clients=3, rounds=2)
     assert "fog-2-0: 2 of 2 regions online" in output
@@ -171,7 +171,7 @@ def test_ctrl_c_on_a_terminal_stops_the_demo_and_leaves_no_process(tmp_path: Pat
     pid, terminal = pty.fork()
     if pid == 0:
         os.execve(COMMAND[0], [*COMMAND, "--rounds", "50"], environment)
-    limit = threading.Timer(60, os.kill, (pid, signal.SIGKILL))
+    limit = threading.Timer(2 * LIMIT, os.kill, (pid, signal.SIGKILL))
     limit.start()
     seen = b""
     typed = False
@@ -206,7 +206,7 @@ def test_demo_that_is_terminated_while_it_starts_leaves_no_process(
     run = demo()
     assert run.line("run demo-"), run.lines
     run.process.terminate()
-    code, output = run.end(20)
+    code, output = run.end()
     assert code == 128 + signal.SIGTERM
     assert "SIGTERM" in output
     assert run.processes.running() == []
@@ -232,7 +232,7 @@ def test_tier_that_dies_is_named_and_its_log_is_shown(
     victim = run.processes.find(command)
     # A client is a child of the process that has loaded PyTorch for all of them.
     (victim.children() or [victim])[0].kill()
-    code, output = run.end(20)
+    code, output = run.end()
     assert code == 1
     assert f"{name}" in output
     assert "was killed by SIGKILL" in output
@@ -243,7 +243,7 @@ def test_tier_that_dies_is_named_and_its_log_is_shown(
 @pytest.mark.parametrize("setting", ["LEARNING_RATE", "K", "VALIDATION_FRACTION", "TOPIC_PREFIX"])
 def test_impossible_setting_of_any_tier_is_named(demo: Callable[..., Demo], setting: str) -> None:
     run = demo(**{setting: "#0"})
-    code, output = run.end(20)
+    code, output = run.end()
     assert code == 2
     assert setting in output
     assert run.processes.running() == []
@@ -254,7 +254,7 @@ def test_demo_gives_up_at_the_time_limit_and_says_whom_it_waits_for(
 ) -> None:
     """K=3 with two clients: no round can ever close."""
     run = demo("--clients", "2", "--time-limit", "5", K="3", ROUND_DEADLINE="600")
-    code, output = run.end(30)
+    code, output = run.end()
     assert code == 1
     assert "--time-limit" in output
     assert "region_0" in output
@@ -263,7 +263,7 @@ def test_demo_gives_up_at_the_time_limit_and_says_whom_it_waits_for(
 
 def test_missing_data_is_named(demo: Callable[..., Demo], tmp_path: Path) -> None:
     run = demo(DATA_DIR=str(tmp_path / "nothing"))
-    code, output = run.end(30)
+    code, output = run.end()
     assert code == 1
     assert "nothing/ECG5000" in output
     assert run.processes.running() == []

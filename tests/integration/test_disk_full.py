@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from centre import LIMIT, Centre, expected, lines
+from centre import Centre, expected, lines
 from centre import Region as PlayedRegion
-from conftest import REPOSITORY, Peer, Service
+from conftest import LIMIT, REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorTable, decode
 from fedfog.messages.schemas import Receipt, Slot, UpdateMeta, Verdict
@@ -159,7 +159,7 @@ def test_client_sends_an_update_that_it_cannot_store(
     peer.publish("fl/global_model", model(table.flatten(arrays), table=table), retain=True)
     dealt = Slot(run="run", slot=0, slots=3, region_index=0, regions=1)
     peer.publish("fl/slots/region_0/c1", dealt.to_json())
-    sent = decode(peer.on("fl/updates/region_0/c1", 40), UpdateMeta)
+    sent = decode(peer.on("fl/updates/region_0/c1"), UpdateMeta)
     assert sent.meta.round == 1
     problem = json.loads(service.wait_for_log("outbox_not_written"))
     assert str(state / "outbox") in problem["error"]

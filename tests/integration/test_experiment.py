@@ -79,7 +79,7 @@ class Command:
         os.killpg(process.pid, how)
         said, _ = process.communicate(timeout=LIMIT)
         assert len(family) > 5
-        assert psutil.wait_procs(family, timeout=10)[1] == []
+        assert psutil.wait_procs(family, timeout=LIMIT)[1] == []
         return process.returncode, said
 
     def _reached(self, place: str, run: str, round: int) -> bool:

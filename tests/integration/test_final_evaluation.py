@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from centre import LIMIT, Centre, Region, lines
-from conftest import Peer, Service
+from centre import Centre, Region, lines
+from conftest import LIMIT, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.core.metrics import Federated
 from fedfog.messages.codec import decode

@@ -137,4 +137,4 @@ def partial_of(watcher: Peer, round: int) -> TensorMessage[PartialMeta]:
     def seen(topic: str, payload: bytes) -> bool:
         return topic == "fl/partial/r0" and decode(payload, PartialMeta).meta.round == round
 
-    return decode(watcher.wait_for(seen, 60.0), PartialMeta)
+    return decode(watcher.wait_for(seen), PartialMeta)

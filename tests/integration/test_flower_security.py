@@ -7,8 +7,8 @@ import httpx
 import psutil
 import pytest
 
-from centre import LIMIT, Centre, Region, expected, lines
-from conftest import Service
+from centre import Centre, Region, expected, lines
+from conftest import LIMIT, Service
 from fedfog.cli.broker import installed_mosquitto
 from fedfog.flower.fleet import FleetSession, NodeIdentity, SuperLinkLostError
 from fedfog.transport import tls

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import REPOSITORY, Peer, Service
+from conftest import LIMIT, REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.core.partition import slot_indices
 from fedfog.messages.codec import TensorMessage, Vector, decode, decode_meta
@@ -32,7 +32,7 @@ def regional_model(peer: Peer, fog_round: int, after: int = 0) -> TensorMessage[
     def seen(topic: str, payload: bytes) -> bool:
         return topic == REGIONAL and decode_meta(payload, ModelMeta).fog_round == fog_round
 
-    return decode(peer.wait_for(seen, 60, after), ModelMeta)
+    return decode(peer.wait_for(seen, after=after), ModelMeta)
 
 
 def members(peer: Peer, fog_round: int) -> list[str]:
@@ -151,7 +151,7 @@ def test_kills_in_the_middle_of_regional_rounds_and_the_model_is_that_of_one_pro
     regional_model(peer, 2)
     a.kill()
     client("a", "region_0")
-    assert server.wait(120) == 0
+    assert server.wait(2 * LIMIT) == 0
 
     results = tmp_path / "runs" / "run"
     history = json.loads((results / "history.json").read_text())["rounds"]

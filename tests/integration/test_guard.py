@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from conftest import Service
+from conftest import LIMIT, Service
 from fedfog.cli.broker import LocalBroker, installed_mosquitto
 from fedfog.messages.topics import Topics
 from fedfog_enrolment import guard, pki
@@ -223,7 +223,7 @@ class TestBehindTheGuardsBack:
         with pytest.raises(guard.GuardError, match=f"the broker was ended: .*{reason}"):
             stack.install()
         assert stack.broker.process is not None
-        assert stack.broker.process.wait(10) == 0
+        assert stack.broker.process.wait(LIMIT) == 0
         assert stack.guard.wait() == 1
         assert "broker_ended" in stack.guard.log.read_text()
         with pytest.raises(ConnectionRefusedError):
@@ -236,7 +236,7 @@ class TestBehindTheGuardsBack:
         second.wait_for_log("anybody may write.*broker_ended")
         assert second.wait() == 1
         assert stack.broker.process is not None
-        assert stack.broker.process.wait(10) == 0
+        assert stack.broker.process.wait(LIMIT) == 0
 
 
 def test_a_revoked_client_is_cut_off_and_nobody_else(stack: Stack) -> None:
@@ -299,6 +299,6 @@ def test_the_health_check_does_not_disturb_the_guard(stack: Stack) -> None:
     for _ in range(5):
         check = subprocess.Popen(ask, stdout=subprocess.PIPE)
         stack.install()
-        said, _ = check.communicate(timeout=20)
+        said, _ = check.communicate(timeout=LIMIT)
         assert said.startswith(b"mosquitto version")
         assert check.returncode == 0

@@ -7,7 +7,7 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from conftest import Peer
+from conftest import LIMIT, Peer
 from fedfog.cli.broker import LocalBroker
 from fedfog.transport.mqtt import LARGE_BYTES, RECEIVE_MAXIMUM, Connected, Received, Session
 
@@ -17,14 +17,14 @@ PAYLOADS = [b"", b"small", bytes(LARGE_BYTES), b"\x26" * LARGE_BYTES]
 class HostilePeer(Peer):
     def publish_with(self, payload: bytes, qos: int, properties: Properties | None = None) -> None:
         sent = self._client.publish("t/x", payload, qos, properties=properties)
-        sent.wait_for_publish(20)
+        sent.wait_for_publish(LIMIT)
 
 
 @pytest.fixture
 def session(broker: LocalBroker) -> Iterator[Session]:
     made = Session("victim", broker.host, broker.port, ["t/#"])
     made.start()
-    assert made.next(20) == Connected()
+    assert made.next(LIMIT) == Connected()
     yield made
     made.stop()
 
@@ -40,7 +40,7 @@ def received(session: Session, last: bytes) -> list[bytes]:
     """All payloads until `last`."""
     found: list[bytes] = []
     while last not in found:
-        event = session.next(20)
+        event = session.next(LIMIT)
         assert isinstance(event, Received), event
         found.append(bytes(event.payload))
     return found

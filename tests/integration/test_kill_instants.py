@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from centre import LIMIT, Centre, expected
+from centre import Centre, expected
 from centre import Region as PlayedRegion
-from conftest import REPOSITORY, Peer, Service
+from conftest import LIMIT, REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorMessage, TensorTable, Vector, decode
 from fedfog.messages.schemas import Receipt, RegionReceipt, Slot, Status, UpdateMeta, Verdict
@@ -134,12 +134,12 @@ class Fog:
         def born(topic: str, payload: bytes) -> bool:
             return topic == "fl/presence/region_0/c1" and json.loads(payload)["online"] is True
 
-        self.peer.wait_for(born, 40, after)
+        self.peer.wait_for(born, after=after)
         dealt = Slot(run="run", slot=0, slots=3, region_index=0, regions=1)
         self.peer.publish("fl/slots/region_0/c1", dealt.to_json())
 
     def update(self, after: int = 0) -> TensorMessage[UpdateMeta]:
-        return decode(self.peer.on(UPDATES, 40, after), UpdateMeta)
+        return decode(self.peer.on(UPDATES, after=after), UpdateMeta)
 
     def receive(self) -> None:
         receipt = Receipt(run="run", round=1, verdict=Verdict.RECEIVED, boot=5)

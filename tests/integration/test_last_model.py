@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from centre import LIMIT, Centre, Region
+from centre import Centre, Region
 from chaos.proxy import Proxy
-from conftest import Service
+from conftest import LIMIT, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.schemas import RunState
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import wire
-from conftest import Peer
+from conftest import LIMIT, Peer
 from fedfog.cli.broker import LocalBroker
 
 Peers = Callable[..., Peer]
@@ -36,7 +36,7 @@ class Monitor:
             env=os.environ | environment,
         )
 
-    def line(self, words: str, timeout: float = 20.0) -> str:
+    def line(self, words: str, timeout: float = LIMIT) -> str:
         """The next line with these words."""
         assert self.process.stdout is not None
         limit = threading.Timer(timeout, self.process.kill)
@@ -76,7 +76,7 @@ def test_garbage_on_any_topic_does_not_end_the_monitor(
     assert "2 tensors" in shown.line("model 0 of 3")
     assert sum("MALFORMED" in line for line in shown.seen) == 3
     shown.process.send_signal(signal.SIGINT)
-    assert shown.process.wait(10) == 0
+    assert shown.process.wait(LIMIT) == 0
 
 
 def test_topic_filter_shows_nothing_else(
@@ -95,7 +95,10 @@ def test_topic_filter_shows_nothing_else(
 
 def test_impossible_topic_filter_is_refused() -> None:
     done = subprocess.run(
-        [*FEDFOG, "monitor", "--topic-filter", "fl/#/x"], capture_output=True, text=True, timeout=20
+        [*FEDFOG, "monitor", "--topic-filter", "fl/#/x"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
     assert done.returncode == 2
     assert "fl/#/x" in done.stderr

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from centre import LIMIT, Centre, Region, assert_gone, descendants, expected, lines
-from conftest import REPOSITORY, Service
+from centre import Centre, Region, assert_gone, descendants, expected, lines
+from conftest import LIMIT, REPOSITORY, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.messages.codec import TensorMessage, decode
 from fedfog.messages.schemas import Hyperparameters, ModelMeta

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY
+from conftest import LIMIT, REPOSITORY
 from fedfog.cli.broker import LocalBroker, free_port, installed_mosquitto
 
 PARTS = {
@@ -88,7 +88,7 @@ class Federation:
         process = self._context.Process(target=become, args=(PARTS[part], str(log), env))
         process.start()
         self._processes[part] = process
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while not any(sign in log.read_text() for sign in UP):
             assert time.monotonic() < deadline, f"{part} does not come up: {log.read_text()}"
             time.sleep(0.02)
@@ -96,7 +96,7 @@ class Federation:
     def outcome(self) -> str:
         """What the run's summary says of its end."""
         server = self._processes["server"]
-        server.join(90)
+        server.join(2 * LIMIT)
         summary = self._folder / "runs" / "run" / "summary.json"
         if server.exitcode != 0 or not summary.exists():
             return f"exit code {server.exitcode}: {(self._folder / 'server.log').read_text()}"

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from flwr.proto.message_pb2 import PushObjectRequest
 
-from centre import LIMIT, Centre, Region, expected, lines
-from conftest import REPOSITORY, Service
+from centre import Centre, Region, expected, lines
+from conftest import LIMIT, REPOSITORY, Service
 from fedfog.cli.broker import free_port, installed_mosquitto
 from fedfog.flower.fleet import ControlError, run_status, stop_run, submit_run
 from fedfog_enrolment.ca import CA, load_certificate
@@ -65,7 +65,7 @@ class Gate:
 
     def start(self) -> "Gate":
         self.process = subprocess.Popen(self._command())
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + LIMIT
         while socket.socket().connect_ex(("127.0.0.1", self.port)) != 0:
             assert self.process.poll() is None and time.monotonic() < deadline, self.errors()
             time.sleep(0.02)
@@ -86,13 +86,13 @@ class Gate:
         assert self.process
         workers = psutil.Process(self.process.pid).children()
         self.process.send_signal(signal.SIGHUP)
-        gone, alive = psutil.wait_procs(workers, timeout=15)
+        gone, alive = psutil.wait_procs(workers, timeout=LIMIT)
         assert gone and not alive, self.errors()
 
     def stop(self) -> None:
         if self.process:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(LIMIT)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from structlog.testing import capture_logs
 
-from conftest import Service
+from conftest import LIMIT, Service
 from fedfog.cli.broker import LocalBroker, installed_mosquitto
 from fedfog.transport import mqtt
 from fedfog.transport.network import Network, SessionFailed, SharedSession
@@ -30,7 +30,6 @@ from secured import certify
 
 pytestmark = pytest.mark.skipif(installed_mosquitto() is None, reason="Mosquitto is not installed")
 
-LIMIT = 30.0
 CLIENT = "r0/c1"
 PIPES = shutil.ignore_patterns("signals")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
-from centre import LIMIT, Centre, Region
-from conftest import Service
+from centre import Centre, Region
+from conftest import LIMIT, Service
 from fedfog.cli.broker import LocalBroker
 from fedfog.runs import figures
 

@@ -15,7 +15,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 from safetensors.numpy import load_file
 
-from conftest import REPOSITORY, Peer, Service
+from conftest import LIMIT, REPOSITORY, Peer, Service
 from fedfog.cli.broker import LocalBroker, installed_mosquitto
 from fedfog.messages.codec import TensorMessage, TensorTable, decode
 from fedfog.messages.schemas import Receipt, RegionReceipt, Slot, UpdateMeta, Verdict
@@ -28,7 +28,6 @@ ARRAYS = state_arrays(load_task("ecg5000", data_dir=REPOSITORY / "data").build_m
 TABLE = TensorTable.of(ARRAYS)
 BASE = TABLE.flatten(ARRAYS)
 NAMES = ["sim-0000", "sim-0001", "sim-0002"]
-LIMIT = 60
 
 
 class Host:
