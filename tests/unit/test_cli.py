@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from fedfog.cli.broker import free_port
+
 
 @pytest.mark.parametrize(
     "command",
@@ -57,3 +59,7 @@ def test_impossible_option_is_named(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert arguments[1] in done.stderr
+
+
+def test_ports_of_one_process_do_not_meet_before_anybody_listens_on_them() -> None:
+    assert len({free_port() for _ in range(1000)}) == 1000

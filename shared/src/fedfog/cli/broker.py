@@ -4,6 +4,7 @@ The embedded one is rumqttd (package `iotcore`). It keeps nothing over a restart
 the demo and tests; a deployment uses Mosquitto (see `mosquitto/mosquitto.conf`).
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ Kind = Literal["mosquitto", "embedded"]
 START_SECONDS = 15.0
 MAX_PACKET_BYTES = 268_435_455  # all that MQTT has a length for
 PORTS = (20_000, 32_000)
+_numbers = itertools.count(random.randrange(*PORTS))
 
 # Started by root, Mosquitto would change to another user, and the kernel would forget that it is
 # to die with its parent (prctl(2)).
@@ -84,14 +86,15 @@ def installed_mosquitto() -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on.
+    """A TCP port on loopback that nobody listens on; each call takes the next one, so that what
+    one process starts a while later does not meet.
 
     Below the ports that systems give to outgoing connections: a peer that keeps trying to reach
     one of those before its server listens can be given the very same port, and is then connected
     to itself.
     """
-    for _ in range(100):
-        port = random.randrange(*PORTS)
+    for number in itertools.islice(_numbers, 100):
+        port = PORTS[0] + number % (PORTS[1] - PORTS[0])
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
