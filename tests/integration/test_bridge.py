@@ -135,6 +135,7 @@ def test_only_the_partial_of_this_run_and_round_is_handed_over_and_once(
     publish_partial(peer, partial(1.5, 1))
     publish_partial(peer, partial(3.5, 2))
     assert [r["model"][0] for r in run.wait_rounds(2)] == [1.5, 3.5]
+    wait_bells(peer, 2)  # the server may have looked before the second one rang
     assert len(bells(peer)) == len(set(bells(peer))) == 2
 
 
@@ -146,7 +147,7 @@ def test_bridge_killed_with_the_train_message_in_hand_gets_it_again(
     first.wait_for_log("train_message")
     first.kill()
     second = bridge(superlink)
-    second.wait_for_log("train_message", timeout=10)
+    second.wait_for_log("train_message", 25)  # within its grace
     publish_partial(peer, partial(1.5, 1))
     publish_partial(peer, partial(1.5, 1))
     assert run.wait_rounds(1)[0]["model"][0] == 1.5
@@ -285,7 +286,8 @@ def test_rounds_go_on_after_the_broker_lost_everything(
     publish_partial(peer, partial(1.5, 1))
     run.wait_rounds(1)
     broker.stop()
+    after = len(peer.received)
     broker.start()
-    wait_online(peer, after=len(peer.received))
+    wait_online(peer, after=after)
     publish_partial(peer, partial(3.5, 2))
     assert run.wait_rounds(2)[1]["model"][0] == 3.5

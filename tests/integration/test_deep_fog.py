@@ -270,6 +270,7 @@ def test_child_that_is_late_or_never_comes_is_named_by_its_parent_and_says_so_it
     line = json.loads(late.wait_for_log("partial_late"))
     assert line["accepted_updates_of"] == ["b"]
     assert line["level"] == "error"
+    tree.on("fl/receipts/region_1")
     assert tree.accepted("region_1") == [["b"]]
 
 
