@@ -42,11 +42,14 @@ class Region(Peer):
         super().__init__(port, MODEL)
 
     def _on_message(self, client: Any, data: Any, message: paho.MQTTMessage) -> None:
+        if message.payload.startswith(b"garbage"):
+            super()._on_message(client, data, message)
+            return
+        model = decode(bytes(message.payload), ModelMeta)
+        # Before those who wait are woken: no other message may come to wake them again.
+        self.models[model.meta.round] = model
         super()._on_message(client, data, message)
-        if not message.payload.startswith(b"garbage"):
-            model = decode(bytes(message.payload), ModelMeta)
-            self.models[model.meta.round] = model
-            self._answer()
+        self._answer()
 
     def allow(self, round: int) -> None:
         self.allowed = round
