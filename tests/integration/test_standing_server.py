@@ -223,7 +223,7 @@ def test_frozen_flower_processes_hold_up_neither_stop_nor_the_next_run(
         process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     here.ok("stop")
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < 30.0
     assert_gone([server_app])
     here.region.allow(2)
     assert "completed" in here.ok("resume", "mine", "--follow")
@@ -304,11 +304,13 @@ def test_real_clients_and_aggregator_go_from_run_to_run_and_back(
     centre = Centre(services, broker, tmp_path, rounds=3, run_id="older", exit_when_finished=False)
     here = Stack(centre, ManyRuns(broker.port, allowed=-1))
     services("fedfog_aggregator.main", broker, "aggregator", clients_expected=2)
-    for name in ("a", "b"):
-        services("fedfog_client.main", broker, name, client_id=name)
+    a, _ = (services("fedfog_client.main", broker, name, client_id=name) for name in ("a", "b"))
     server = centre.start(local_epochs=40)
     here.region.model_of("older", 1)
+    a.process.send_signal(signal.SIGSTOP)  # else the run may be over before the command is there
     here.ok("stop")
+    a.process.send_signal(signal.SIGCONT)
+    stopped = max(round for run, round in here.region.of_run if run == "older")
     here.ok("run", "--name", "between", "--rounds", "2", "--local-epochs", "1", "--follow")
     assert "Run older completed, 3 of 3" in here.ok("resume", "older", "--follow")
     for name, rounds in (("older", 3), ("between", 2)):
@@ -318,8 +320,8 @@ def test_real_clients_and_aggregator_go_from_run_to_run_and_back(
         for partial in partials:
             assert sorted(partial["members"]) == ["a", "b"]
             assert partial["run"].startswith(name)
-    back = here.region.of_run["older-r1", 1]
-    assert back.meta.digest == here.region.of_run["older", 1].meta.digest
+    back = here.region.of_run["older-r1", stopped]
+    assert back.meta.digest == here.region.of_run["older", stopped].meta.digest
     assert back.meta.hyperparameters.local_epochs == 40
     assert server.stop() == 0
     here.region.close()
