@@ -35,10 +35,10 @@ def test_a_run_publishes_every_model_and_leaves_all_results(
     centre.bridge()
     server = centre.start()
     watcher.on("fl/history", LIMIT)
-    region.allow(3)
     children = descendants(server)
+    region.allow(3)
     assert server.wait(LIMIT) == 0
-    assert_gone(children, within=0.5)
+    assert_gone(children, within=3.0)
 
     final = region.model(3)
     assert final.vector.tobytes() == expected(region.models[0], 3)
@@ -60,6 +60,7 @@ def test_a_run_publishes_every_model_and_leaves_all_results(
     last = history["rounds"][-1]["evaluation"]
     for name in ("accuracy", "auroc", "macro_f1", "loss"):
         assert summary[f"test_{name}"] == last[name]
+    watcher.wait_for(lambda _topic, _payload: len(watcher.received) >= 3)
     published = [decode_json(payload, RoundRecord) for _, payload in watcher.received]
     assert [record.round for record in published] == [1, 2, 3]
 
@@ -166,8 +167,8 @@ def test_a_stopped_server_says_so_and_goes_on_when_started_again(
     children = descendants(server)
     began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 5.0
-    assert_gone(children, within=0.5)
+    assert time.monotonic() - began < 10.0  # when Docker would kill it
+    assert_gone(children, within=3.0)
     summary = here.read("summary.json")
     assert (summary["status"], summary["rounds"]) == ("stopped", 2)
     region.allow(3)
@@ -180,7 +181,7 @@ def test_a_stopped_server_says_so_and_goes_on_when_started_again(
     assert [bridge.process.poll(), again.process.poll()] == [None, None]
     children = descendants(again)
     assert again.stop() == 0
-    assert_gone(children, within=0.5)
+    assert_gone(children, within=3.0)
     region.close()
 
 
@@ -249,7 +250,9 @@ def test_model_0_is_retained_before_flower_is_up_and_repaired(
     server = centre().start()
     watcher = peers(broker.port, MODEL)
     payload = watcher.on(MODEL, LIMIT)
-    assert not lines(server, "serverapp_ready")
+    server.wait_for_log("serverapp_ready")
+    story = server.log.read_text()
+    assert story.index("step_7_global_model_published") < story.index("serverapp_ready")
     assert decode(payload, ModelMeta).meta.round == 0
     watcher.publish(MODEL, b"garbage", retain=True)
     server.wait_for_log("retained_model_replaced")
