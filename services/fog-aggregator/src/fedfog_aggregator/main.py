@@ -99,7 +99,7 @@ class Aggregator:
         self._table: TensorTable | None = None
         self._global: ModelMeta | None = None  # that the round began with
         self._last_progress = 0.0
-        self._received: dict[str, Receipt] = {}  # `received` that are due, by client
+        self._received: dict[str, rounds.Answer] = {}  # `received` that are due, by client
         self._received_due: float | None = None
         self._exit: int | None = None
         self._parent = Parent(settings, self._boot, self._store) if settings.parent_region else None
@@ -288,7 +288,7 @@ class Aggregator:
             name = client[:TOPIC_SAID]
             self._warn(name, "update_rejected", client=name, bytes=len(payload), reason=str(error))
             if is_name(client):
-                self._answer(
+                self._send_receipt(
                     client,
                     Receipt(verdict=Verdict.REJECTED, reason=str(error)[:200], boot=self._boot),
                 )
@@ -351,22 +351,13 @@ class Aggregator:
                     self._publish_partial(run, round_)
                 case rounds.PublishRegional(run, round_, fog_round):
                     self._publish_regional(run, round_, fog_round)
-                case rounds.Answer(client, run, round_, verdict, reason, fog_round):
-                    receipt = Receipt(
-                        run=run,
-                        round=round_,
-                        fog_round=fog_round,
-                        verdict=Verdict(verdict),
-                        reason=reason,
-                        boot=self._boot,
-                    )
-                    if verdict == "received":
-                        self._received[client] = receipt
-                        self._received_due = self._received_due or now + RECEIVED_SECONDS
-                        continue
-                    if verdict != "accepted":
-                        self._log_refusal(client, receipt)
-                    self._answer(client, receipt)
+                case rounds.Answer(verdict="received") as answer:
+                    self._received[answer.client] = answer
+                    self._received_due = self._received_due or now + RECEIVED_SECONDS
+                case rounds.Answer() as answer:
+                    if answer.verdict != "accepted":
+                        self._log_refusal(answer)
+                    self._answer(answer)
                 case rounds.AnswerMembers(run, round_, members, fog_round):
                     self._received, self._received_due = {}, None
                     told = RegionReceipt(
@@ -531,18 +522,29 @@ class Aggregator:
                 seconds=round(time.monotonic() - began, 4),
             )
 
-    def _answer(self, client: str, receipt: Receipt) -> None:
+    def _answer(self, answer: rounds.Answer) -> None:
+        receipt = Receipt(
+            run=answer.run,
+            round=answer.round,
+            fog_round=answer.fog_round,
+            verdict=Verdict(answer.verdict),
+            reason=answer.reason,
+            boot=self._boot,
+        )
+        self._send_receipt(answer.client, receipt)
+
+    def _send_receipt(self, client: str, receipt: Receipt) -> None:
         self.session.publish(self._topics.receipts(self._region, client), receipt.to_json())
 
     def _answer_received(self) -> None:
-        for client, receipt in self._received.items():
-            self._answer(client, receipt)
+        for answer in self._received.values():
+            self._answer(answer)
         self._received, self._received_due = {}, None
 
-    def _log_refusal(self, client: str, receipt: Receipt) -> None:
-        number = numbered(receipt.round or 0, receipt.fog_round)
-        update = f"{receipt.run}/{number}/{self._region}/{client}"
-        self._warn(client, f"update_{receipt.verdict}", update=update, reason=receipt.reason)
+    def _log_refusal(self, answer: rounds.Answer) -> None:
+        number = numbered(answer.round, answer.fog_round)
+        update = f"{answer.run}/{number}/{self._region}/{answer.client}"
+        self._warn(answer.client, f"update_{answer.verdict}", update=update, reason=answer.reason)
 
     def _warn(self, of: str, event: str, **fields: object) -> None:
         """Log what one sender has done wrong: in a minute, as often as it may send in a round."""

@@ -1,8 +1,9 @@
 """One MQTT 5 session: everything that happens to it becomes an event in one queue.
 
 The network thread only enqueues, so that no work of ours delays a keep-alive. A message is
-acknowledged when the worker asks for the next event, so that at most `RECEIVE_MAXIMUM` payloads
-wait in memory and the broker keeps the rest. A PUBACK is never taken for an answer of the peer.
+acknowledged when the worker asks for the next event, some together while more are there, so that at
+most `RECEIVE_MAXIMUM` payloads wait in memory and the broker keeps the rest. A PUBACK is never
+taken for an answer of the peer.
 
 Nothing is queued while there is no connection: the owner of a message publishes it again when it
 sees `Connected`. So a broker that comes back empty, or with old retained messages, is repaired.
@@ -25,6 +26,7 @@ from typing import Any, cast
 import paho.mqtt.client as mqtt
 import structlog
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -35,6 +37,7 @@ log = structlog.get_logger()
 
 KEEPALIVE_SECONDS = 15
 RECEIVE_MAXIMUM = 100
+ACKNOWLEDGED_AT_ONCE = RECEIVE_MAXIMUM // 4
 RECONNECT_SECONDS = (0.1, 0.3), (2.0, 3.0)
 CONTESTED_DROPS, CONTESTED_SECONDS = 10, 10.0
 
@@ -43,7 +46,7 @@ LARGE_BYTES = 1 << 16
 # Large messages that may wait for the worker; a single one may be larger.
 WAITING_BYTES = 32 << 20
 ROOM_SECONDS = 0.05
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 12  # at once of small packets
 # Largest packet that MQTT has a length for.
 MQTT_LIMIT = 268_435_455
 SAY_EVERY = 5.0
@@ -119,19 +122,25 @@ def explain(error: OSError | None, reached: bool, identity: Identity | None) -> 
 
 
 class _Client(mqtt.Client):
-    """paho's client, which copies a message three times when it receives it and once more with
-    every call of `send`; which takes an upload that lasts longer than two keep-alives for a dead
-    connection; and which, after a reconnect, sends a message that its owner sends again, too.
+    """paho's client, which reads the head of a packet byte by byte, copies a message three times
+    when it receives it and once more with every call of `send`; which takes an upload that lasts
+    longer than two keep-alives for a dead connection; and which, after a reconnect, sends a message
+    that its owner sends again, too.
 
     Args:
         has_room: asked, and may wait for a moment, before so many bytes more are read.
+        deliver: is given topic, payload, packet id and QoS of every message.
 
     Attributes:
         trouble: how the present or last connection has failed; empty: it has not, or was closed.
     """
 
     def __init__(
-        self, client_id: str, identity: Identity | None, has_room: Callable[[int], bool]
+        self,
+        client_id: str,
+        identity: Identity | None,
+        has_room: Callable[[int], bool],
+        deliver: Callable[[str, bytes, int, int], None],
     ) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5, manual_ack=True
@@ -140,13 +149,12 @@ class _Client(mqtt.Client):
         if identity:
             self.tls_set_context(identity.context)
         self.trouble = ""
-        self._has_room = has_room
-        self._whole: bytearray | None = None
-        self._head = 0
+        self._has_room, self._deliver = has_room, deliver
+        self._read, self._end = bytearray(READ_BYTES), 0  # begins with a packet
         self._receiving, self._sending = _Transfer("receiving"), _Transfer("sending")
 
     def _create_socket(self) -> Any:
-        self.trouble = ""
+        self.trouble, self._end = "", 0
         try:
             if self._identity:
                 self._identity.refresh()
@@ -160,42 +168,82 @@ class _Client(mqtt.Client):
         if not isinstance(error, BlockingIOError):
             self.trouble = explain(error, reached, self._identity)
 
-    def _sock_recv(self, bufsize: int) -> bytes:
-        if bufsize >= LARGE_BYTES:
-            if not self._has_room(bufsize):
-                raise BlockingIOError  # keep-alives go on meanwhile
-            if bufsize == self._in_packet["remaining_length"]:
-                self._in_packet["packet"] = cast(bytearray, _Buffer(bufsize))
-            self._receiving.tell(bufsize)
+    def _packet_read(self) -> MQTTErrorCode:
+        """Read once, a packet that needs more room into its place, and handle those that are
+        whole."""
+        wanted = _body_of(self._read, 0, self._end)[1]
+        if wanted > len(self._read):
+            if wanted >= LARGE_BYTES and not self._has_room(wanted):
+                return MQTTErrorCode.MQTT_ERR_AGAIN  # keep-alives go on meanwhile
+            # A bytearray that grows would be moved by the allocator, and be there twice.
+            begun, self._read = self._read, bytearray(wanted)
+            self._read[: self._end] = begun[: self._end]
         try:
-            return super()._sock_recv(min(bufsize, READ_BYTES))
+            with memoryview(self._read) as whole, whole[self._end :] as rest:
+                size = cast(Any, self._sock).recv_into(rest)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return MQTTErrorCode.MQTT_ERR_AGAIN
         except OSError as error:
             self._note(error)
-            raise
+            return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        if not size:
+            return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        self._end += size
+        with self._msgtime_mutex:
+            self._last_bytes_received = time.monotonic()
+        if wanted >= LARGE_BYTES:
+            self._receiving.tell(wanted - self._end)
+        return self._handle_whole()
 
-    def _handle_publish(self) -> MQTTErrorCode:
-        """Of a large message, paho reads the head; the rest stays where it is. And it reads no
-        properties: FedFog sends none, a broker passes on those of anybody, and paho needs a time
-        that grows with the square of their number (2 s for 60 kB)."""
-        packet: Any = self._in_packet["packet"]
-        large = isinstance(packet, _Buffer)
-        data = packet.data if large else packet
-        start, end = _properties_of(data, has_id=self._in_packet["command"] & 0x06 > 0)
-        if large:
-            self._whole, self._head = data, end
-            self._in_packet["packet"] = data[:start] + b"\0"
-        elif end - start > 1:
-            self._in_packet["packet"] = data[:start] + b"\0" + data[end:]
-        return super()._handle_publish()
+    def _handle_whole(self) -> MQTTErrorCode:
+        at, done = 0, MQTTErrorCode.MQTT_ERR_SUCCESS
+        while done == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            start, end = _body_of(self._read, at, self._end)
+            if not start or end > self._end or self._sock is None:
+                break
+            command = self._read[at]
+            if len(self._read) > READ_BYTES:  # it is alone there
+                packet, self._read = self._read, bytearray(READ_BYTES)
+                self._end = 0
+            else:
+                packet, at, start = self._read[start:end], end, 0
+            if command >> 4 == PacketTypes.PUBLISH:
+                done = self._publish(command, packet, start)
+                continue
+            body = packet[start:]
+            self._in_packet |= {"command": command, "packet": body, "remaining_length": len(body)}
+            try:
+                done = self._packet_handle()
+            except MalformedPacket:
+                done = MQTTErrorCode.MQTT_ERR_PROTOCOL
+        if at:  # else a large packet would be copied with each of its parts
+            self._end -= at
+            self._read[: self._end] = self._read[at : at + self._end]
+        return done
 
-    def _handle_on_message(self, message: mqtt.MQTTMessage) -> None:
-        whole, self._whole = self._whole, None
-        if whole is not None:
-            with memoryview(whole) as view:  # to the start, where the tensors are aligned
-                view[: len(whole) - self._head] = view[self._head :]
-            del whole[len(whole) - self._head :]
-            message.payload = whole
-        super()._handle_on_message(message)
+    def _publish(self, command: int, packet: bytearray, at: int) -> MQTTErrorCode:
+        """Hand on a message, of whose packet the body begins `at`. No properties are read: FedFog
+        sends none, a broker passes on those of anybody, and paho needs a time that grows with the
+        square of their number (2 s for 60 kB)."""
+        qos = command >> 1 & 3
+        start, end = _properties_of(packet, at, has_id=qos > 0)
+        if end > len(packet):
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        id_at = start - 2 * (qos > 0)
+        topic = packet[at + 2 : id_at].decode(errors="replace")
+        mid = int.from_bytes(packet[id_at:start])
+        size = len(packet) - end
+        with memoryview(packet) as view:  # to the start, where the tensors are aligned
+            view[:size] = view[end:]
+        del packet[size:]
+        payload = cast(bytes, packet) if size >= LARGE_BYTES else bytes(packet)
+        self._deliver(topic, payload, mid, qos)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def acknowledge(self, mids: Sequence[int]) -> None:
+        """Acknowledge messages, in one write."""
+        pubacks = b"".join(b"\x40\2" + mid.to_bytes(2) for mid in mids)
+        self._packet_queue(mqtt.PUBACK, pubacks, mids[-1], 1)
 
     def _packet_queue(self, command: int, packet: Any, *rest: Any) -> MQTTErrorCode:
         # Of a memoryview, the part that is left to send is no copy.
@@ -225,30 +273,28 @@ class _Client(mqtt.Client):
         super()._messages_reconnect_reset_out()
 
 
-def _properties_of(packet: bytearray, has_id: bool) -> tuple[int, int]:
+def _body_of(data: bytearray, at: int, end: int) -> tuple[int, int]:
+    """Where the packet that begins `at` has its body, of which the bytes before `end` are there;
+    zeros if that is not known yet (MQTT 5, section 2.1)."""
+    size = shift = 0
+    for i in range(at + 1, min(at + 5, end)):
+        size |= (data[i] & 0x7F) << shift
+        shift += 7
+        if data[i] < 0x80:
+            return i + 1, i + 1 + size
+    return 0, 0
+
+
+def _properties_of(packet: bytearray, at: int, has_id: bool) -> tuple[int, int]:
     """Where the properties of a PUBLISH begin, with their length, and where they end and the
-    payload begins (MQTT 5, section 3.3)."""
-    start = at = 2 + int.from_bytes(packet[:2]) + 2 * has_id
+    payload begins, if the body begins `at` (MQTT 5, section 3.3)."""
+    start = at = at + 2 + int.from_bytes(packet[at : at + 2]) + 2 * has_id
     size = shift = 0
     more = True
     while more and at < len(packet):
         size |= (packet[at] & 0x7F) << shift
         more, at, shift = packet[at] > 0x7F, at + 1, shift + 7
     return start, at + size
-
-
-class _Buffer:
-    """What paho adds a large packet's parts to. A bytearray that grows would be moved by the
-    allocator, and be there twice."""
-
-    def __init__(self, size: int) -> None:
-        self.data = bytearray(size)
-        self._end = 0
-
-    def __iadd__(self, part: bytes) -> "_Buffer":
-        self.data[self._end : self._end + len(part)] = part
-        self._end += len(part)
-        return self
 
 
 class _Transfer:
@@ -299,6 +345,7 @@ class Session:
         self._offline_since: float | None = time.monotonic()
         self._generation = 0
         self._unacknowledged: tuple[int, int, int] | None = None
+        self._done: list[tuple[int, int]] = []  # mid and generation of what is to acknowledge
         self._packet_limit = MQTT_LIMIT
         self._drops: deque[float] = deque(maxlen=CONTESTED_DROPS)
         self._sent: deque[tuple[str, mqtt.MQTTMessageInfo]] = deque()
@@ -307,7 +354,7 @@ class Session:
         self._waiting = 0  # bytes of large messages that are not acknowledged
         self._arrived = self._taken = 0  # messages; each is counted by one thread only
         self._stopping = False
-        self._client = client = _Client(client_id, tls, self._has_room)
+        self._client = client = _Client(client_id, tls, self._has_room, self._on_message)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
         client.reconnect_delay_set(*reconnect_delays())  # type: ignore[arg-type]
         if will:
@@ -315,7 +362,6 @@ class Session:
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_socket_open = self._on_socket_open
 
@@ -413,15 +459,18 @@ class Session:
         self._client.loop_stop()
 
     def acknowledge(self) -> None:
-        """Acknowledge the message that was taken last."""
+        """Acknowledge the message that was taken last; maybe later, while more are there."""
         taken, self._unacknowledged = self._unacknowledged, None
-        if taken is None:
-            return
-        mid, generation, size = taken
-        # A mid of an earlier connection would acknowledge another message of the present one.
-        if mid and generation == self._generation:
-            self._client.ack(mid, 1)
-        self._count(-size)
+        if taken is not None:
+            mid, generation, size = taken
+            if mid:
+                self._done.append((mid, generation))
+            self._count(-size)
+        if self._stopping or self.events.empty() or len(self._done) >= ACKNOWLEDGED_AT_ONCE:
+            done, self._done = self._done, []
+            # A mid of an earlier connection would acknowledge another message of the present one.
+            if mids := [mid for mid, generation in done if generation == self._generation]:
+                self._client.acknowledge(mids)
 
     def check(self) -> None:
         """Raises TransportError as `next` does."""
@@ -484,18 +533,18 @@ class Session:
         self._drops.append(now)
         self._emit(Disconnected(str(reason)))
 
-    def _on_message(self, _c: Any, _u: Any, message: mqtt.MQTTMessage) -> None:
+    def _on_message(self, topic: str, payload: bytes, mid: int, qos: int) -> None:
         if self._stopping:
             return
-        if message.qos == 0 and self._arrived - self._taken >= RECEIVE_MAXIMUM:
+        if qos == 0 and self._arrived - self._taken >= RECEIVE_MAXIMUM:
             return  # of QoS 0 the broker holds nothing back, and whoever sends it may lose it
         self._arrived += 1
-        received = Received(message.topic, self._payload(message))
+        received = Received(topic, self._payload(topic, payload))
         self._count(len(received.payload))
-        self._emit(_Delivery(received, message.mid, self._generation))
+        self._emit(_Delivery(received, mid, self._generation))
 
-    def _payload(self, message: mqtt.MQTTMessage) -> bytes:
-        return cast(bytes, message.payload)
+    def _payload(self, _topic: str, payload: bytes) -> bytes:
+        return payload
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes may be read; waits a little for it."""

@@ -286,8 +286,8 @@ class SharedSession(mqtt.Session):
             self._delay = self._first_delay
         self._network.put(event, self)
 
-    def _payload(self, message: Any) -> bytes:
-        return self._network.shared(message.topic, super()._payload(message))
+    def _payload(self, topic: str, payload: bytes) -> bytes:
+        return self._network.shared(topic, payload)
 
     def _on_socket_open(self, client: Any, data: Any, sock: Any) -> None:
         super()._on_socket_open(client, data, sock)
