@@ -47,7 +47,7 @@ EVERY = 4  # rounds from one fault to the next
 REGIONS = ("region_0", "region_1")
 CLIENTS = 2  # in each
 SECONDS_A_FAULT = (1.0, 7.0)
-PATIENCE = 120.0  # for the next model after a fault, on a busy machine
+PATIENCE = 300.0  # for the next model after a fault, on a busy machine
 TOPICS = Topics()
 SERVICE = "com.docker.compose.service"
 
@@ -60,7 +60,7 @@ def say(line: str) -> None:
 
 
 def docker(*arguments: str) -> str:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr}"
     return done.stdout.strip()
 

@@ -23,7 +23,7 @@ from fedfog.messages.codec import decode_json
 from fedfog.messages.schemas import RegionReceipt
 from fedfog_enrolment.ca import new_key
 from office import request_of
-from stacks import Project, Stack, projects
+from stacks import SECONDS, Project, Stack, projects
 
 pytestmark = pytest.mark.compose
 
@@ -65,7 +65,7 @@ def docker(*arguments: str) -> str:
 def reached(addresses: Iterable[Address], *python: str) -> set[Address]:
     """Those of the addresses that take a connection from where the command PYTHON... runs."""
     command = [*python, "-c", SCAN, json.dumps(sorted(addresses))]
-    found = json.loads(subprocess.check_output(command, timeout=120))
+    found = json.loads(subprocess.check_output(command, timeout=SECONDS))
     return {(host, port) for host, port in found}
 
 
@@ -266,13 +266,14 @@ class TestFreshStack:
         ends = max(datetime.fromisoformat(line["until"]) for line in obtained.values())
         expired = closes(peer)
         while datetime.now(UTC) < ends:
-            expired = closes(peer, after=expired)
+            expired = closes(peer)
         said = project.ok("logs", "--no-log-prefix", "client").decode()
         assert not re.search('"event": "(update_rejected|update_late)"', said)
         # From now on, nobody gets in with the certificate that he began with. (A broker that stops
         # in order publishes all wills: the round at hand closes without those, who are late then.)
         project.ok("restart", "mosquitto")
-        last = closes(peer, after=expired + 2, of=names)
+        last = closes(peer, after=closes(peer) + 1, of=names)
+        closes(peer, after=last)  # so model `last` is made
         peer.close()
         project.ok("exec", "--no-TTY", "central-server", "fedfog", "stop")
         history = project.result("history.json")["rounds"]
@@ -306,13 +307,15 @@ def logged(project: Project, event: str) -> dict[str, Any]:
 
 
 def closes(peer: Peer, after: int = 0, of: Set[str] = frozenset()) -> int:
-    """Wait until the region closes a round later than this one, with all these clients; which."""
+    """Wait until the region closes, from now on, a round later than this one, with all these
+    clients; which."""
 
     def wanted(_topic: str, payload: bytes) -> bool:
         receipt = decode_json(payload, RegionReceipt)
         return receipt.round > after and of <= set(receipt.members)
 
-    return decode_json(peer.wait_for(wanted, timeout=120), RegionReceipt).round
+    seen = peer.wait_for(wanted, timeout=SECONDS, after=len(peer.received))
+    return decode_json(seen, RegionReceipt).round
 
 
 # Of a bridge's container: the answers to what it is not to do, by server.
@@ -425,7 +428,7 @@ def test_aggregators_above_regions_are_compose_projects(stack: Stack) -> None:
     first = stack(**known, REGIONS="top", EXIT_WHEN_FINISHED="true")
     child = {"REGIONS": "north,south", "PARENT_REGION": "top", "CLIENTS_EXPECTED": "1"}
     tiers = {
-        "top": {"CHILD_REGIONS": "north,south", "ROUND_DEADLINE": "90"},
+        "top": {"CHILD_REGIONS": "north,south", "ROUND_DEADLINE": str(SECONDS)},
         "north": child,
         "south": child,
     }
