@@ -31,6 +31,7 @@ from secured import certify
 pytestmark = pytest.mark.skipif(installed_mosquitto() is None, reason="Mosquitto is not installed")
 
 CLIENT = "r0/c1"
+PATIENCE = 4.0  # of a session that is never let in; each attempt takes a hundredth of it
 PIPES = shutil.ignore_patterns("signals")
 
 
@@ -119,7 +120,7 @@ def test_own_certificate_that_the_broker_refuses(
         closed.of("probe-revoked"): "our certificate",
         closed.of("broker"): "our certificate",
     }
-    started = {sessions(closed.broker.port, f, timeout=1.0): why for f, why in cases.items()}
+    started = {sessions(closed.broker.port, f, timeout=PATIENCE): why for f, why in cases.items()}
     for session, why in started.items():
         assert why in ends_with(session)
 
@@ -129,7 +130,9 @@ def test_own_certificate_that_is_not_valid_yet(closed: Closed, tmp_path: Path) -
     folder = early(closed.ca, tmp_path / "early")
     identity = Identity(folder)
     assert "is this clock right?" in identity.fault()
-    session = mqtt.Session("any", "127.0.0.1", closed.broker.port, [], timeout=1.0, tls=identity)
+    session = mqtt.Session(
+        "any", "127.0.0.1", closed.broker.port, [], timeout=PATIENCE, tls=identity
+    )
     session.start()
     assert "is not valid before" in ends_with(session)
     session.stop()
@@ -158,7 +161,7 @@ def early(ca: CA, folder: Path) -> Path:
 def test_broker_that_is_not_of_our_ca_or_has_another_name(
     closed: Closed, other_ca: CA, tmp_path: Path, sessions: Callable[..., mqtt.Session]
 ) -> None:
-    stranger = sessions(closed.broker.port, closed.client(ca=other_ca), timeout=1.0)
+    stranger = sessions(closed.broker.port, closed.client(ca=other_ca), timeout=PATIENCE)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(closed.of("broker"), elsewhere, ignore=PIPES)
     (elsewhere / "tls.crt").unlink()
@@ -166,7 +169,7 @@ def test_broker_that_is_not_of_our_ca_or_has_another_name(
     for name in ("tls.crt", "tls.key"):
         shutil.copy(tmp_path / "named" / name, elsewhere)
     renamed = LocalBroker(tmp_path / "broker", "mosquitto", tls_dir=elsewhere).start()
-    named = sessions(renamed.port, closed.client(), timeout=1.0)
+    named = sessions(renamed.port, closed.client(), timeout=PATIENCE)
     assert "its certificate is refused (self-signed certificate" in ends_with(stranger)
     assert "its certificate is refused (IP address mismatch" in ends_with(named)
     renamed.stop()
@@ -182,7 +185,7 @@ def test_client_that_shows_a_brokers_certificate_cannot_be_a_broker(
     for name in ("tls.crt", "tls.key"):
         shutil.copy(stolen / name, fake)
     broker = LocalBroker(tmp_path / "broker", "mosquitto", tls_dir=fake).start()
-    said = ends_with(sessions(broker.port, closed.client(), timeout=1.0))
+    said = ends_with(sessions(broker.port, closed.client(), timeout=PATIENCE))
     assert "unsuitable certificate purpose" in said
     broker.stop()
 
@@ -190,8 +193,8 @@ def test_client_that_shows_a_brokers_certificate_cannot_be_a_broker(
 def test_plain_and_tls_that_meet(
     closed: Closed, broker: LocalBroker, sessions: Callable[..., mqtt.Session]
 ) -> None:
-    plain = sessions(closed.broker.port, None, timeout=1.0)
-    secured = sessions(broker.port, closed.client(), timeout=1.0)
+    plain = sessions(closed.broker.port, None, timeout=PATIENCE)
+    secured = sessions(broker.port, closed.client(), timeout=PATIENCE)
     assert "does it want TLS (TLS_DIR)?" in ends_with(plain)
     assert "no TLS there" in ends_with(secured)
 
@@ -220,7 +223,7 @@ def test_refused_service_tries_again_and_ends_with_the_reason(
 ) -> None:
     expired = closed.client("aggregator.r0", seconds=-1)
     service = services(
-        "fedfog_aggregator.main", closed.broker, region="r0", tls_dir=expired, mqtt_timeout=2
+        "fedfog_aggregator.main", closed.broker, region="r0", tls_dir=expired, mqtt_timeout=5
     )
     assert service.wait(LIMIT) == 1
     log = service.log.read_text()
@@ -234,7 +237,13 @@ def test_one_of_many_sessions_is_refused_and_the_others_go_on(
 ) -> None:
     made = [
         SharedSession(
-            network, "any", "127.0.0.1", closed.broker.port, [], timeout=1.0, tls=Identity(folder)
+            network,
+            "any",
+            "127.0.0.1",
+            closed.broker.port,
+            [],
+            timeout=PATIENCE,
+            tls=Identity(folder),
         )
         for folder in (closed.client(seconds=-1), closed.client("r0/c2"), closed.client("r0/c3"))
     ]
