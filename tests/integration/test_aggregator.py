@@ -223,7 +223,7 @@ def test_round_that_closes_at_once_is_answered_by_one_accepted_for_all(
 def test_round_closes_at_the_deadline_without_a_silent_client(
     start: Callable[..., Region],
 ) -> None:
-    region = start(clients_expected=3, round_deadline=1)
+    region = start(clients_expected=3, round_deadline=4)
     region.open("a", "b", "c")
     region.send("a", 1)
     region.send("b", 3)
@@ -246,9 +246,9 @@ def test_starving_round_says_whom_it_waits_for(start: Callable[..., Region]) -> 
     region.open("a", "b")
     region.send("a", 1)
     region.wait_phase("starving", 1)
-    line = json.loads(region.service.wait_for_log("round_starving"))
-    assert line["waiting_for"] == ["b"]
-    assert line["setting"] == "MIN_CLIENTS"
+    # It is said at each deadline; at the first one, a may not have come either.
+    starving = r'(?=.*"round_starving").*"waiting_for": \["b"\]'
+    assert json.loads(region.service.wait_for_log(starving))["setting"] == "MIN_CLIENTS"
     region.send("b", 3)
     assert region.partial().meta.members == {"a": 10, "b": 10}
 

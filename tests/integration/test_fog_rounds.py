@@ -130,6 +130,7 @@ def test_kills_in_the_middle_of_regional_rounds_and_the_model_is_that_of_one_pro
 
     def aggregator(region: str, clients: int) -> Service:
         own: dict[str, object] = {"region": region, "clients_expected": clients, "k": clients}
+        own["round_deadline"] = 600
         return services("fedfog_aggregator.main", broker, f"agg-{region}", **fog, **own)
 
     def client(name: str, region: str) -> Service:
