@@ -101,7 +101,8 @@ class Holder:
         client.on_message = lambda _c, _u, message: self.received.append(message)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = expiry
-        client.connect("localhost", port, 60, clean_start=clean, properties=properties)
+        # As long as the broker admits: a test moves this session now and then only.
+        client.connect("localhost", port, 120, clean_start=clean, properties=properties)
         self.until(lambda: self.connack >= 0)
 
     def _on_connect(self, _c: Any, _u: Any, flags: Any, reason: Any, _p: Any) -> None:

@@ -295,7 +295,7 @@ def test_the_health_check_does_not_disturb_the_guard(stack: Stack) -> None:
     ask += ["--cafile", str(stack.pki / "probe" / "ca.crt")]
     ask += ["--cert", str(stack.pki / "probe" / "tls.crt")]
     ask += ["--key", str(stack.pki / "probe" / "tls.key")]
-    ask += ["-t", "$SYS/broker/version", "-C", "1", "-W", "3"]
+    ask += ["-t", "$SYS/broker/version", "-C", "1", "-W", str(int(LIMIT))]
     for _ in range(5):
         check = subprocess.Popen(ask, stdout=subprocess.PIPE)
         stack.install()
