@@ -133,13 +133,11 @@ def test_same_seed_and_slot_give_the_same_update(start: Callable[..., Edge]) -> 
 def test_asks_for_a_slot_until_it_has_one(start: Callable[..., Edge]) -> None:
     edge = start()
     edge.model()
-    births = [0]
 
-    def third_birth(topic: str, payload: bytes) -> bool:
-        births[0] += topic == "fl/presence/region_0/c1"
-        return births[0] >= 3
+    def births() -> int:
+        return sum(topic == "fl/presence/region_0/c1" for topic, _ in edge.peer.received)
 
-    edge.peer.wait_for(third_birth, 30)
+    edge.peer.wait_for(lambda _topic, _payload: births() >= 3)
     edge.deal()
     edge.update()
 
