@@ -103,7 +103,7 @@ def test_an_honest_update_counts_in_each_of_20_rounds_while_an_enrolled_client_f
         stage.broker,
         region="r0",
         clients_expected=2,
-        round_deadline=5,
+        round_deadline=15,
         log_level="info",
         **stage.settings("aggregator.r0"),
     )
