@@ -14,7 +14,7 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -27,7 +27,7 @@ LIMIT = 90.0
 pytest_plugins = ["stacks"]  # fixtures of tests/compose
 
 # How long an example takes is a matter of the machine, and of what else runs on it.
-settings.register_profile("fedfog", deadline=None)
+settings.register_profile("fedfog", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fedfog")
 
 
