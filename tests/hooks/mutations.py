@@ -40,7 +40,7 @@ def receipt_before_commit() -> None:
         return [rounds.AnswerMembers(self.run, self.round, members), *close(self, now)]
 
     def commit_slowly(self: PartialStore, *arguments: Any) -> None:
-        time.sleep(1.0)
+        time.sleep(3.0)
         commit(self, *arguments)
 
     rounds.RegionRounds._close = close_early  # type: ignore[method-assign]
