@@ -27,13 +27,13 @@ seeds = [1, 2]
 clients = 2
 
 [settings]
-rounds = 3
+rounds = 8
 
 [grid]
 local = [{ name = "Adam" }, { name = "SGD", optimizer = "sgd", learning_rate = 0.1 }]
 """
 RUNS = ("adam_s1", "adam_s2", "sgd_s1", "sgd_s2")
-SEED, KILLS = 1, 2
+SEED, KILLS = 1, 2  # in one of the first two rounds, long before the run is done
 LIMIT = 120.0  # seconds for what takes about ten on an idle machine
 
 
@@ -86,7 +86,7 @@ class Command:
         if place == "model made":
             return (self.results / run / "checkpoints" / f"round-{round:06}.safetensors").exists()
         log, words = {
-            "clients train": ("region_0-client-1", f'"run": "{run}", "round": "{round - 1}/3"'),
+            "clients train": ("region_0-client-1", f'"run": "{run}", "round": "{round - 1}/8"'),
             "partial made": ("region_0-aggregator", f'"partial": "{run}/{round}/region_0"'),
         }[place]
         logs = self.results.glob(f"stack-*/logs/{log}.log")
@@ -137,7 +137,7 @@ def test_killed_sweep_goes_on_where_it_was_and_gives_the_table_of_an_undisturbed
 
     assert f"4 runs in {command.results}/, {list(done.values()).count(False)} to do" in said
     assert command.learned() == undisturbed.learned(), kills
-    assert [row["run"] for row in command.learned()] == [run for run in RUNS for _ in range(4)]
+    assert [row["run"] for row in command.learned()] == [run for run in RUNS for _ in range(9)]
     for run, history in histories.items():
         assert (command.results / run / "history.json").read_bytes() == history
     assert list(private.glob("fedfog-sweep-*")) == []
@@ -149,12 +149,12 @@ def test_table_has_the_figures_of_each_run_and_files_that_others_read(
     from pyarrow import parquet
 
     table = parquet.read_table(undisturbed.results / "results.parquet").to_pylist()
-    assert [row["local"] for row in table] == ["Adam"] * 8 + ["SGD"] * 8
-    assert [row["seed"] for row in table] == ([1] * 4 + [2] * 4) * 2
+    assert [row["local"] for row in table] == ["Adam"] * 18 + ["SGD"] * 18
+    assert [row["seed"] for row in table] == ([1] * 9 + [2] * 9) * 2
     last = rows_of(undisturbed.results / "sgd_s2")
     wanted = [row for row in table if row["run"] == "sgd_s2"]
     assert [row["accuracy"] for row in wanted] == [row["accuracy"] for row in last]
-    assert [(row["num_clients"], row["num_examples"]) for row in wanted[1:]] == [(2, 450)] * 3
+    assert [(row["num_clients"], row["num_examples"]) for row in wanted[1:]] == [(2, 450)] * 8
     with (undisturbed.results / "results.csv").open() as file:
         assert [row["accuracy"] for row in csv.DictReader(file)] == [
             str(row["accuracy"]) for row in table
@@ -165,7 +165,7 @@ def test_table_has_the_figures_of_each_run_and_files_that_others_read(
 def test_changed_settings_are_not_mixed_with_the_runs_that_are_there(undisturbed: Command) -> None:
     folder = undisturbed.results.parents[1]
     for before, after, told in (
-        ("rounds = 3", "rounds = 2", "rounds = 3, and now it is 2"),
+        ("rounds = 8", "rounds = 2", "rounds = 8, and now it is 2"),
         ("clients = 2", "clients = 3", "sweep was begun with clients = 2, and now it is 3"),
         ("0.1", "0.2", "learning_rate = 0.1, and now it is 0.2"),
     ):
