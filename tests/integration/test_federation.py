@@ -109,7 +109,7 @@ def test_frozen_client_is_left_out_at_the_deadline_by_name(stack: Stack, halt: H
     stack.bridge()
     stack.client("a")
     stack.client("b")
-    frozen = stack.client("c", **halt.settings)
+    frozen = stack.client("c", "region_0", **halt.settings)
     halt.wait(frozen)
     os.kill(frozen.process.pid, signal.SIGSTOP)
     assert server.wait(2 * LIMIT) == 0
@@ -125,7 +125,7 @@ def test_killed_client_does_not_hold_up_the_round(stack: Stack, halt: Halt) -> N
     stack.bridge()
     stack.client("a")
     stack.client("b")
-    halt.kill_there(stack.client("c", **halt.settings))
+    halt.kill_there(stack.client("c", "region_0", **halt.settings))
     assert server.wait(2 * LIMIT) == 0
     first = stack.history()[0]["regions"]["region_0"]
     assert sorted(first["members"]) == ["a", "b"]
