@@ -41,7 +41,8 @@ def test_equal_updates_give_that_update_and_nobody_is_suspected(
 ) -> None:
     size, n = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 9))
     base, update = (data.draw(hnp.arrays(np.float32, size, elements=FLOATS)) for _ in range(2))
-    found = aggregate(rule, [update] * n, base, [7] * n, 0.2)
+    examples = data.draw(st.lists(st.integers(5, 7), min_size=n, max_size=n))
+    found = aggregate(rule, [update] * n, base, examples, 0.2)
     np.testing.assert_allclose(found.vector, update, rtol=1e-6, atol=1e-9)
     assert rule in ("krum", "multi_krum") or not found.suspicious
 
@@ -89,24 +90,48 @@ def test_minority_far_away_moves_the_result_no_further_than_the_honest_reach(
 def test_geometric_median_has_the_least_sum_of_distances(
     seed: int, n: int, data: st.DataObject
 ) -> None:
+    """To the updates at the progress of the median client; then it goes as far as the largest."""
     base, updates = random(seed, n, 2)
     examples = data.draw(st.lists(st.integers(8, 10), min_size=n, max_size=n))
+    moved = updates.astype(np.float64) - base
+    lengths = np.linalg.norm(moved, axis=1)
+    ahead = np.minimum(lengths / np.median(lengths), np.array(examples) / np.median(examples))
+    progress = np.maximum(1, ahead)
+    points = moved / progress[:, None]
     cost = 0.0
 
-    def cost_of(points: np.ndarray) -> np.ndarray:
-        distances = np.linalg.norm(points[:, None] - updates.astype(np.float64), axis=2)
-        return np.asarray(distances @ np.array(examples, np.float64))
+    def cost_of(candidates: np.ndarray) -> np.ndarray:
+        distances = np.linalg.norm(candidates[:, None] - points, axis=2)
+        return np.asarray(distances @ np.minimum(examples, np.median(examples)))
 
     found = aggregate("geometric_median", updates, base, examples, 0.2)
     assert found.examples == examples
     # The optimum by brute force: ever finer grids around the best point.
-    best, width = updates.astype(np.float64).mean(axis=0), float(np.ptp(updates))
+    best, width = points.mean(axis=0), float(np.ptp(points))
     steps = np.linspace(-1, 1, 21)
     for _ in range(12):
         grid = best + width * np.array(list(itertools.product(steps, steps)))
         costs = cost_of(grid)
         best, cost, width = grid[np.argmin(costs)], costs.min(), width / 4
-    assert cost_of(found.vector[None].astype(np.float64))[0] <= cost * (1 + 1e-3)  # smoothed
+    middle = (found.vector.astype(np.float64) - base) / progress.max()
+    assert cost_of(middle[None])[0] <= cost * (1 + 1e-3)  # smoothed
+
+
+@given(seed=st.integers(0, 2**32), n=st.integers(5, 15), data=st.data())
+@settings(deadline=None)
+def test_geometric_median_bears_attackers_that_have_most_of_the_examples(
+    seed: int, n: int, data: st.DataObject
+) -> None:
+    """They hold 2f / n of the weight at most, and the bound for that share is a theorem."""
+    f = attackers(0.2, n)
+    honest = data.draw(st.lists(st.integers(1, 100), min_size=n - f, max_size=n - f))
+    base, updates = random(seed, n, 20, scale=0.1)
+    updates[:f] = -1e6
+    found = aggregate("geometric_median", updates, base, [10**6] * f + honest, 0.2)
+    share = 2 * f / n
+    bound = 2 * (1 - share) / (1 - 2 * share) * robust.MEDIANS
+    reach = max(np.linalg.norm(updates[f:] - base, axis=1))
+    assert np.linalg.norm(found.vector - base) <= bound * reach
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 9))

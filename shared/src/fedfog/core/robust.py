@@ -269,13 +269,26 @@ def _centered_clip(products: Floats, weights: Floats, _f: int) -> tuple[Floats, 
 
 def _geometric_median(products: Floats, weights: Floats, _f: int) -> tuple[Floats, _Verdict]:
     """RFA (Pillutla et al. 2022, https://arxiv.org/abs/1912.13445): the point with the least
-    weighted sum of distances to all updates, by the smoothed algorithm of Weiszfeld.
+    weighted sum of distances to all updates, by the smoothed algorithm of Weiszfeld; of updates
+    that are first brought to one progress (FedNova, Wang et al. 2020,
+    https://arxiv.org/abs/2007.07481).
 
-    It assumes that the attackers have less than half of the weight, and knows no f. Each step is a
-    mean with weights w_i / distance_i, so a far update counts little. The first step is taken from
-    the update that is nearest to the others: from their mean, as in the paper, an attacker at
-    distance L costs log L steps. Distances below 1e-3 of the median one are smoothed.
+    An update that has t > 1 times the median number of examples and is t times as long as the
+    median one is divided by t, and the result is multiplied by the largest t. Otherwise the long
+    updates of large clients would count as outliers, and it would learn slowly. None weighs more
+    than the median. So f of n hold less than 2f / n of the weight, whatever they claim and
+    whosever data they have: it assumes n > 4f, and knows no f. What f can do beside is to lengthen
+    the step, by what the limit on examples lets t be.
+
+    Each step is a mean with weights w_i / distance_i, so a far update counts little. The first step
+    is taken from the update that is nearest to the others: from their mean, as in the paper, an
+    attacker at distance L costs log L steps. Distances below 1e-3 of the median one are smoothed.
     """
+    lengths = _in_medians(_lengths(products, np.zeros_like(weights)))
+    progress = np.maximum(1, np.minimum(lengths, _in_medians(weights)))
+    products = products / np.outer(progress, progress)
+    weights = np.minimum(weights, np.median(weights))
+    weights = weights / weights.sum()
     pairs = np.sqrt(_squared_pairs(products))
     distances = pairs[np.argmin(pairs @ weights)]
     smoothing, mix = np.sort(distances)[len(distances) // 2], np.zeros_like(weights)
@@ -288,7 +301,7 @@ def _geometric_median(products: Floats, weights: Floats, _f: int) -> tuple[Float
         smoothing = 1e-3 * np.median(distances)
     ratio = _in_medians(distances)
     words = "it is {:.1f} times as far from the aggregate as the median update"
-    return mix, _Verdict(_damping(ratio), ratio, words)
+    return mix / progress * progress.max(), _Verdict(_damping(ratio), ratio, words)
 
 
 _MIXES: dict[str, _Mix] = {
