@@ -42,6 +42,7 @@ PAGE = ROOT / "docs" / "robustness.md"
 
 CLIENTS, BEATS, ROUNDS, BATCH = 15, 450, 20, 32
 SEEDS = (101, 102, 103)
+MORE_SEEDS = tuple(range(104, 111))  # for what the recommended rule costs without an attack
 PLACEMENT = 1000  # from here on, streams of random numbers of their own
 DRAWS = 3  # of the attackers, for the recommended rule where they matter; all else is of the first
 RECOMMENDED = "geometric_median"
@@ -91,6 +92,8 @@ def cells() -> Iterator[Cell]:
     others = tuple(rule for rule in RULES if rule not in first)
     for draw, optimizer, attack, seed in itertools.product(range(DRAWS), RATES, ATTACKS, SEEDS):
         yield Cell(optimizer, SKEWED, 20, RECOMMENDED, attack, seed, draw)
+    for optimizer, skew, rule, seed in itertools.product(RATES, SKEWS, first, MORE_SEEDS):
+        yield Cell(optimizer, skew, 0, rule, NO_ATTACK, seed)
     for rules, percent, attacks in (
         (first, 0, (NO_ATTACK,)),
         (first, 20, (*ATTACKS, *FURTHER)),
@@ -316,6 +319,7 @@ def blocks(results: Results) -> dict[str, str]:
     made = {"attacks": "\n".join(f"- **{name}**: {what}" for name, what in every.items())}
     for optimizer, skew, percent in itertools.product(RATES, SKEWS, (20, 40)):
         made[f"{optimizer}, {skew}, {percent} %"] = _table(results, optimizer, skew, percent)
+    made["cost"] = _cost(results)
     made["further"] = _further(results)
     made["placement"] = _placement(results)
     made["named"] = _named(results)
@@ -338,6 +342,27 @@ def _table(results: Results, optimizer: str, skew: str, percent: int) -> str:
         worst += " (of the cells run)" if worst and len(known) < len(ATTACKS) else ""
         rows.append([f"`{rule}`", *map(_cell, [clean, *under]), worst])
     return _rows(["rule", NO_ATTACK, *ATTACKS, "worst loss"], rows)
+
+
+def _cost(results: Results) -> str:
+    """Of the recommended rule without an attack, beside FedAvg with the same seed."""
+    rows = []
+    for optimizer, skew in itertools.product(RATES, SKEWS):
+        row = [f"{optimizer}, {skew}"]
+        for seeds in (SEEDS, SEEDS + MORE_SEEDS):
+            pairs = [
+                [Cell(optimizer, skew, 0, rule, NO_ATTACK, seed).key for seed in seeds]
+                for rule in ("fedavg", RECOMMENDED)
+            ]
+            if not all(key in results for keys in pairs for key in keys):
+                row.append("not run")
+                continue
+            costs = [
+                results[a]["accuracy"] - results[b]["accuracy"] for a, b in zip(*pairs, strict=True)
+            ]
+            row.append(f"{fmean(costs):.2f} ({min(costs):.1f} to {max(costs):.1f})")
+        rows.append(row)
+    return _rows(["setting", "cost, the three seeds", "cost, ten seeds"], rows)
 
 
 def _further(results: Results) -> str:
