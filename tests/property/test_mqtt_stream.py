@@ -4,6 +4,7 @@ import socket
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from paho.mqtt.enums import MQTTErrorCode
 
 from fedfog.transport.mqtt import LARGE_BYTES, READ_BYTES, _Client
 
@@ -64,3 +65,24 @@ def test_every_message_arrives_whole_and_once(
             while client._packet_read() == 0:
                 pass
     assert received == [(topic, payload, mid, int(mid > 0)) for topic, payload, mid, _ in sent]
+
+
+def test_what_a_lost_connection_left_is_no_part_of_the_next_one() -> None:
+    """The last one ended within a large message."""
+    received: list[bytes] = []
+    client = _Client(
+        "x", None, lambda _size: True, lambda _t, payload, *_: received.append(payload)
+    )
+    large = publication("a", b"x" * LARGE_BYTES, 1, b"")
+    small = publication("a", b"y", 2, b"") + publication("a", b"z", 3, b"")
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        client.connect_async("127.0.0.1", broker.getsockname()[1])
+        for stream in (large[: LARGE_BYTES // 2], small):
+            with client._create_socket() as ours, broker.accept()[0] as theirs:
+                ours.setblocking(False)
+                client._sock = ours
+                theirs.sendall(stream)
+                theirs.shutdown(socket.SHUT_WR)
+                while client._packet_read() != MQTTErrorCode.MQTT_ERR_CONN_LOST:
+                    pass
+    assert received == [b"y", b"z"]

@@ -154,7 +154,8 @@ class _Client(mqtt.Client):
         self._receiving, self._sending = _Transfer("receiving"), _Transfer("sending")
 
     def _create_socket(self) -> Any:
-        self.trouble, self._end = "", 0
+        self.trouble = ""
+        self._read, self._end = bytearray(READ_BYTES), 0
         try:
             if self._identity:
                 self._identity.refresh()
