@@ -63,7 +63,7 @@ def test_names_differ_and_can_be_names_of_runs() -> None:
         ({"settings": {"seed": 1}}, "seed: not a setting of a run"),
         ({"grid": {"learning_rate": [0.1, -1]}}, "learning_rate = -1"),
         ({"settings": {"optimizer": "rmsprop"}}, "optimizer = 'rmsprop'"),
-        ({"settings": {"momentum": 0.9}}, "momentum = 0.9: Value error, is of OPTIMIZER=sgd"),
+        ({"settings": {"momentum": 0.9}}, "momentum = 0.9: only OPTIMIZER=sgd has it"),
         ({"grid": {"rounds": [1, 1]}}, "a value stands twice"),
         ({"seeds": [1, 1]}, "a seed stands twice"),
         ({"grid": {"loss": [{"rounds": 1}]}}, "[grid] loss: a column of the results"),

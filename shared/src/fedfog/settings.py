@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedfog.messages.schemas import Hyperparameters, Name, Training
@@ -411,7 +412,7 @@ class CentralSettings(DataSettings, _WithRegions, _WithAggregation, StrategySett
     @classmethod
     def _of_sgd(cls, value: float, info: ValidationInfo) -> float:
         if value and info.data.get("optimizer") == "adam":
-            raise ValueError("is of OPTIMIZER=sgd alone: adam would ignore it")
+            raise ValueError("only OPTIMIZER=sgd has it, adam would ignore it")
         return value
 
     @property
@@ -546,6 +547,11 @@ def pairs(text: str) -> dict[str, str]:
     return found
 
 
+def why(detail: ErrorDetails) -> str:
+    """What is wrong with a setting, without the kind of error that Pydantic puts before it."""
+    return detail["msg"].removeprefix("Value error, ")
+
+
 def load(settings: type[S]) -> S:
     """Read a service's settings from the environment; end the process, naming the setting, if
     one is impossible (exit code 2)."""
@@ -554,6 +560,6 @@ def load(settings: type[S]) -> S:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0]).upper() if detail["loc"] else "settings"
-            sys.stderr.write(f"{name}={detail['input']!r}: {detail['msg']}\n")
+            sys.stderr.write(f"{name}={detail['input']!r}: {why(detail)}\n")
         sys.stderr.write("Correct the environment (docs/settings.md has all settings).\n")
         sys.exit(EXIT_BAD_SETTING)

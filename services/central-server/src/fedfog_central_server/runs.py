@@ -18,7 +18,7 @@ from fedfog.files import sync_folder, write_atomically
 from fedfog.messages.schemas import RegionShare, RoundRecord
 from fedfog.runs import CHECKPOINTS, Rewind, RunInfo, Status, Summary, listed
 from fedfog.service import ServiceError
-from fedfog.settings import CHOOSABLE, CentralSettings
+from fedfog.settings import CHOOSABLE, CentralSettings, why
 from fedfog_central_server.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from fedfog_central_server.history import HistoryFile
 
@@ -224,7 +224,7 @@ def with_chosen(settings: CentralSettings, chosen: Mapping[str, Any]) -> Central
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         name = str(detail["loc"][0]).upper()
-        raise ServiceError(f"{name}={detail['input']!r}: {detail['msg']}") from error
+        raise ServiceError(f"{name}={detail['input']!r}: {why(detail)}") from error
 
 
 def _latest(settings: CentralSettings) -> RunInfo | None:

@@ -162,7 +162,7 @@ class Planned:
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
             name = str(detail["loc"][0]) if detail["loc"] else "settings"
-            raise SweepError(f"{name} = {detail['input']!r}: {detail['msg']}") from error
+            raise SweepError(f"{name} = {detail['input']!r}: {services.why(detail)}") from error
         return known.model_dump(mode="json", include={*CHOOSABLE})
 
 
