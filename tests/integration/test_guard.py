@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from conftest import LIMIT, Service
 from fedfog.cli.broker import LocalBroker, installed_mosquitto
 from fedfog.messages.topics import Topics
+from fedfog.settings import GuardSettings
 from fedfog_enrolment import guard, pki
 from fedfog_enrolment.acl import acl
 from fedfog_enrolment.ca import CA, load_certificate
@@ -237,6 +240,36 @@ class TestBehindTheGuardsBack:
         assert second.wait() == 1
         assert stack.broker.process is not None
         assert stack.broker.process.wait(LIMIT) == 0
+
+
+def test_a_broker_that_is_slow_to_refuse_is_asked_again(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still for longer than one attempt lasts, and is not ended for that."""
+    assert stack.broker.process is not None
+    broker = psutil.Process(stack.broker.process.pid)
+    visit, asked = guard._Broker._visit, []
+
+    def slow(self: Any, name: str, *rest: Any) -> list[int]:
+        if name == guard.REVOKED:
+            asked.append(name)
+            if len(asked) == 1:
+                broker.suspend()
+        try:
+            return visit(self, name, *rest)
+        finally:
+            broker.resume()
+
+    monkeypatch.setattr(guard._Broker, "_visit", slow)
+    settings = GuardSettings(
+        pki_dir=stack.pki,
+        mqtt_broker="localhost",
+        mqtt_port=stack.broker.port,
+        broker_pid=broker.pid,
+    )
+    guard.Guard(settings).install()
+    assert len(asked) == 2
+    stack.assert_closed_to_strangers()
 
 
 def test_a_revoked_client_is_cut_off_and_nobody_else(stack: Stack) -> None:

@@ -118,20 +118,18 @@ def test_geometric_median_has_the_least_sum_of_distances(
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(5, 15), data=st.data())
-@settings(deadline=None)
 def test_geometric_median_bears_attackers_that_have_most_of_the_examples(
     seed: int, n: int, data: st.DataObject
 ) -> None:
-    """They hold 2f / n of the weight at most, and the bound for that share is a theorem."""
+    """By their examples they would have half of the weight, as often as the median is of few."""
     f = attackers(0.2, n)
-    honest = data.draw(st.lists(st.integers(1, 100), min_size=n - f, max_size=n - f))
-    base, updates = random(seed, n, 20, scale=0.1)
+    few = data.draw(st.integers(0, n - f))
+    honest = [1] * few + [100] * (n - f - few)
+    base, updates = random(seed, n, 200, scale=0.1)
     updates[:f] = -1e6
     found = aggregate("geometric_median", updates, base, [10**6] * f + honest, 0.2)
-    share = 2 * f / n
-    bound = 2 * (1 - share) / (1 - 2 * share) * robust.MEDIANS
     reach = max(np.linalg.norm(updates[f:] - base, axis=1))
-    assert np.linalg.norm(found.vector - base) <= bound * reach
+    assert np.linalg.norm(found.vector - base) <= robust.MEDIANS * reach
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 9))
