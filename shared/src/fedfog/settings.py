@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, ValidationI
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedfog.core.robust import Rule
 from fedfog.messages.schemas import Hyperparameters, Name, Training
 from fedfog.messages.topics import Topics, is_name
 
@@ -123,16 +124,7 @@ class _WithRegions(CommonSettings):
 
 
 class _WithAggregation(CommonSettings):
-    aggregation: Literal[
-        "fedavg",
-        "median",
-        "trimmed_mean",
-        "krum",
-        "multi_krum",
-        "norm_clip",
-        "centered_clip",
-        "geometric_median",
-    ] = Field(
+    aggregation: Literal["fedavg", Rule] = Field(
         "fedavg",
         description="rule that makes one model of many; all but `fedavg` bound what a minority of "
         "poisoned ones can do (docs/robustness.md)",
@@ -460,7 +452,7 @@ class GuardSettings(_PkiSettings):
     )
 
 
-class EnrolmentSettings(_PkiSettings):
+class EnrolmentSettings(_PkiSettings, _WithRegions):
     """Settings of `fedfog-pki` and `fedfog-enrolment`."""
 
     pki_owners: str = Field(
@@ -498,11 +490,6 @@ class EnrolmentSettings(_PkiSettings):
     enrolment_host: str = Field("127.0.0.1", description="address that enrolment listens on")
     enrolment_port: int = Field(8443, ge=1, le=65535, description="port of enrolment")
 
-    @field_validator("regions")
-    @classmethod
-    def _names(cls, value: str) -> str:
-        return ",".join(region_names(value))
-
     @field_validator("region_parents")
     @classmethod
     def _relatives(cls, value: str) -> str:
@@ -517,10 +504,6 @@ class EnrolmentSettings(_PkiSettings):
         for owner in pairs(value).values():
             int(owner)
         return value
-
-    @property
-    def region_list(self) -> list[str]:
-        return region_names(self.regions)
 
     @property
     def parents(self) -> dict[str, str]:
