@@ -122,7 +122,7 @@ def _watch(federation: Federation, options: Options, began: float) -> "Story":
         f"run {federation.folder.name} with {broker.kind} at {broker.host}:{broker.port}; "
         f"logs in {federation.logs}/"
     )
-    with story:
+    with story.live:
         while True:
             event = session.next(REFRESH_SECONDS)
             now = time.monotonic()

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -25,7 +24,7 @@ REFRESH_SECONDS = 0.2
 
 
 class Story:
-    """Shows what the messages of a run say.
+    """Shows what the messages of a run say; `live` is the table, which is seen on a terminal only.
 
     Args:
         regions: all regions, and how many clients or regions below them each is to have.
@@ -40,29 +39,13 @@ class Story:
         self._model_came: dict[int, float] = {}
         self._evaluation: schemas.Evaluation | None = None
         self._refreshed = 0.0
-        self._live: Live | None = None
-        if console.is_terminal:
-            self._live = Live(
-                console=console,
-                auto_refresh=False,
-                transient=True,
-                get_renderable=self._render,
-                vertical_overflow="crop",
-            )
-
-    def __enter__(self) -> "Story":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            self._live.stop()
+        self.live = Live(
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            get_renderable=self._render,
+            vertical_overflow="crop",
+        )
 
     def say(self, text: str) -> None:
         """A line with the seconds since the start."""
@@ -70,11 +53,11 @@ class Story:
         self._console.print(line, soft_wrap=True)
 
     def refresh(self) -> None:
-        """Draw the live table anew, on a terminal; not for each message of a thousand clients."""
+        """Draw the live table anew; not for each message of a thousand clients."""
         now = time.monotonic()
-        if self._live and now - self._refreshed >= REFRESH_SECONDS / 2:
+        if now - self._refreshed >= REFRESH_SECONDS / 2:
             self._refreshed = now
-            self._live.refresh()
+            self.live.refresh()
 
     def see(self, message: Message, now: float) -> None:
         """Learn from a message that came at `now`, and tell what is new in it."""
