@@ -7,7 +7,6 @@ import json
 import sys
 from typing import Any, BinaryIO
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
@@ -21,7 +20,6 @@ def draw(
     accuracy on the clients' own examples, by rounds."""
     rounds = [point["round"] for point in points]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC"), ("macro_f1", "macro-F1")):
         left.plot(rounds, [point[name] for point in points], marker="o", label=label)

@@ -65,14 +65,12 @@ def run(
 
 def _draw(title: str, class_names: tuple[str, ...], counts: list[Counts], path: Path) -> None:
     """One bar for each slot, its classes on top of each other; a gap between regions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     slots = len(counts[0])
     at = np.array([r * (slots + 1) + s for r in range(len(counts)) for s in range(slots)])
     bars = np.concatenate(counts)
     figure = Figure(figsize=(min(6 + 0.3 * len(bars), 24), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     below = np.zeros(len(bars), np.int64)
     for name, of_class in zip(class_names, bars.T, strict=True):

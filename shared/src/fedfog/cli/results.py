@@ -108,7 +108,6 @@ def cell(line: Row, metric: str) -> str:
 def curves(rows: Iterable[Row], axes: Sequence[str]) -> bytes:
     """Each metric over the rounds as a PNG: a line for each point of the grid, the mean of its
     seeds, in the band between the least and the largest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     points: dict[str, dict[int, list[Row]]] = {}
@@ -116,7 +115,6 @@ def curves(rows: Iterable[Row], axes: Sequence[str]) -> bytes:
         label = ", ".join(str(row[axis]) for axis in axes).replace("$", r"\$")  # no formula
         points.setdefault(label, {}).setdefault(row["round"], []).append(row)
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     for metric, panel in zip(METRICS, figure.subplots(2, 2).flat, strict=True):
         for label, rounds in points.items():
             values = {r: [row[metric] for row in rounds[r] if metric in row] for r in rounds}
