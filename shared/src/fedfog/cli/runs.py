@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,8 @@ def stop(runs_dir: Path, name: str) -> int:
 def show(runs_dir: Path) -> int:
     """List all runs; returns the exit code."""
     present: Answer | None = None
-    if any(runs_dir.glob(".control")):
-        try:
-            present = ask(runs_dir, StatusQuestion())
-        except ControlError:  # a list needs no server; without one, nothing is running
-            present = None
+    with suppress(ControlError):  # a list needs no server; without one, nothing is running
+        present = ask(runs_dir, StatusQuestion())
     columns = ("run", "status", "rounds", "accuracy", "begun", "strategy", "seed")
     table = Table(*columns, box=box.SIMPLE, pad_edge=False)
     for found in sorted(listed(runs_dir), key=lambda found: found.info.begun):
