@@ -24,8 +24,6 @@ from fedfog_central_server.runs import Run, shares
 log = structlog.get_logger()
 
 _LOGGED = ("accuracy", "auroc", "macro_f1", "loss", "ece")
-# Waits before model 0 is written again, two minutes in all: time to make room on a full disk.
-SAVE_AGAIN_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 
 class RunFailedError(Exception):
@@ -62,7 +60,7 @@ class ActiveRun:
         self._newest: Evaluation | None = None
         self._best = -1.0
         self._unsaved: Checkpoint | None = None  # model 0
-        self._save_at, self._save_again = 0.0, iter(SAVE_AGAIN_AFTER)
+        self._save_at, self._save_again = 0.0, iter(run.checkpoints.again_after)
         self._recovered = run.recover()
 
     @property

@@ -100,6 +100,9 @@ def _digest(record: RoundRecord, table: TensorTable, vector: Vector) -> str:
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` stay, see `prune`."""
 
+    # Waits before one is saved again, two minutes in all: time to make room on a full disk.
+    again_after = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
 

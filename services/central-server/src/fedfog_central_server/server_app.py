@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -36,8 +37,6 @@ log = structlog.get_logger()
 
 # Bells that may wait. They are hints: a reply whose bell was lost is found by a look for it.
 MAX_BELLS = 10_000
-# Two minutes in all: time to make room on a full disk.
-SAVE_AGAIN_AFTER = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 app = ServerApp()
 
@@ -98,18 +97,14 @@ class Server:
                 self.events.put(BellRung(message.bell))
 
 
+@dataclass(frozen=True)
 class Checkpointer:
     """Makes each new model a checkpoint and tells the server."""
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        table: TensorTable,
-        inner: Strategy,
-        server: Server,
-    ) -> None:
-        self._checkpoints, self._table, self._inner = checkpoints, table, inner
-        self._server = server
+    checkpoints: Checkpoints
+    table: TensorTable
+    inner: Strategy
+    server: Server
 
     def save(self, model: GlobalModel) -> None:
         """Raises SaveError."""
@@ -124,17 +119,17 @@ class Checkpointer:
             train_loss=record.train_loss,
             seconds=round(record.seconds.get("aggregate", 0.0), 4),
         )
-        state = strategy_state.arrays_of(self._inner)
+        state = strategy_state.arrays_of(self.inner)
         # Also the strategy that goes on continues from what was saved, to the last bit.
-        strategy_state.restore(self._inner, state)
-        self._write(Checkpoint(record, self._table, model.vector, state))
-        self._server.say(link.Checkpointed(round=model.round))
+        strategy_state.restore(self.inner, state)
+        self._write(Checkpoint(record, self.table, model.vector, state))
+        self.server.say(link.Checkpointed(round=model.round))
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        path = self._checkpoints.path(checkpoint.round)
-        for delay in (*SAVE_AGAIN_AFTER, None):
+        path = self.checkpoints.path(checkpoint.round)
+        for delay in (*self.checkpoints.again_after, None):
             try:
-                self._checkpoints.save(checkpoint)
+                self.checkpoints.save(checkpoint)
                 return
             except OSError as error:
                 if delay is None:
