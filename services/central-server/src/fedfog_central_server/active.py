@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
+from fedfog.files import write_atomically
 from fedfog.logs import Step
 from fedfog.messages.codec import encode
 from fedfog.messages.schemas import ClientEvaluation, Evaluation, ModelMeta, RoundRecord, RunState
@@ -330,8 +331,9 @@ class ActiveRun:
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         path = self.run.folder / name
+        model = encode(self._meta(checkpoint), checkpoint.table, checkpoint.vector)
         try:
-            results.save_model(path, self._meta(checkpoint), checkpoint)
+            write_atomically(path, model)
         except OSError as error:
             log.error("model_not_written", path=str(path), error=error.strerror)
 

@@ -5,11 +5,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from fedfog.files import write_atomically
-from fedfog.messages.codec import encode
-from fedfog.messages.schemas import Evaluation, ModelMeta
+from fedfog.messages.schemas import Evaluation
 from fedfog.runs import FinalEvaluation, Status, Summary
 from fedfog_central_server.checkpoints import Checkpoint
 from fedfog_central_server.history import HistoryFile
@@ -113,11 +111,6 @@ def save_summary(run: Run, summary: Summary) -> None:
     """Raises OSError."""
     data = summary.model_dump_json(indent=1).encode()
     write_atomically(run.folder / "summary.json", data)
-
-
-def save_model(path: Path, meta: ModelMeta, checkpoint: Checkpoint) -> None:
-    """Plain weights that any reader of safetensors opens. Raises OSError."""
-    write_atomically(path, encode(meta, checkpoint.table, checkpoint.vector))
 
 
 def save_card(
