@@ -223,13 +223,15 @@ class FogStrategy(Strategy):
             RoundFailedError: fewer valid partials than MIN_FIT_CLIENTS.
             StrategyError: the inner strategy gave no finite model.
         """
-        assert self._grid is not None
+        assert self._grid is not None and self._base is not None
         start = time.monotonic()
         number = self._number(server_round)
         left_out = dict(self._grid.left_out)
         regions: dict[str, PartialMeta] = {}
         valid: list[Message] = []
-        updates = self._new_updates()
+        updates: Updates | None = None
+        if self._aggregation != "fedavg":
+            updates = Updates(self._aggregation, self._byzantine, self._base)
         for reply in replies:
             region, payload = unpack(reply)
             try:
@@ -309,12 +311,6 @@ class FogStrategy(Strategy):
         if not np.isfinite(partial.vector).all():
             raise CodecError("it has values that are not finite")
         return partial
-
-    def _new_updates(self) -> Updates | None:
-        if self._aggregation == "fedavg":
-            return None
-        assert self._base is not None
-        return Updates(self._aggregation, self._byzantine, self._base)
 
     def _suspicious(self, number: int, regions: Sequence[str], updates: Updates) -> dict[str, str]:
         """Say whom the rule left out or damped, and if it protects nobody among so many."""
