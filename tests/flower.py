@@ -12,11 +12,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
@@ -24,7 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from conftest import LIMIT, Peer
 from fedfog.cli.broker import LocalBroker, free_port
 from fedfog.flower import FLOWER_ENVIRONMENT
-from fedfog.flower.fleet import RunStatus, register_node, run_status, submit_run
+from fedfog.flower.fleet import control, register_node, submit_run
 from fedfog.flower.grid import BellRung, BridgeSeen, FogEvent
 from fedfog.flower.strategy import to_record, to_vector
 from fedfog.messages.codec import TensorTable, Vector, digest_of, encode
@@ -135,6 +137,27 @@ def refuses_old_tls(port: int, ca: Path) -> bool:
             # asyncio, in the SuperLink, closes before it has sent its alert.
             return error.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")
     return False
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """State of a Flower run: pending, starting, running, finished:completed, finished:failed or
+    finished:stopped."""
+
+    state: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        return self.state.startswith("finished")
+
+
+def run_status(address: str, run_id: int, tls: ssl.SSLContext | None = None) -> RunStatus:
+    """Raises ControlError: the SuperLink does not know the run or cannot be reached."""
+    with control(address, tls) as client:
+        status = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+    state = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
+    return RunStatus(state, status.details)
 
 
 class FlowerRun:

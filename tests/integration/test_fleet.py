@@ -14,13 +14,12 @@ from fedfog.flower.fleet import (
     FleetSession,
     MessageLostError,
     SuperLinkLostError,
-    run_status,
     stop_run,
     submit_run,
 )
 from fedfog.flower.reply import pack
 from fedfog.messages.schemas import Bridge
-from flower import APP, FlowerRun, SuperLink, partial
+from flower import APP, FlowerRun, SuperLink, partial, run_status
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from centre import Centre, Region, expected, lines
 from conftest import LIMIT, REPOSITORY, Service
 from fedfog.cli.broker import free_port, installed_mosquitto
-from fedfog.flower.fleet import ControlError, run_status, stop_run, submit_run
+from fedfog.flower.fleet import ControlError, stop_run, submit_run
 from fedfog_enrolment.ca import CA, load_certificate
 from fedfog_enrolment.pki import ensure
-from flower import APP, SuperLink, TwoDoors, refuses_old_tls
+from flower import APP, SuperLink, TwoDoors, refuses_old_tls, run_status
 from secured import certify, context
 
 FLEET = "/v1/fleet/pull-messages"

@@ -1,5 +1,5 @@
 """Everything that uses names which Flower does not promise to keep: a node's session with the
-SuperLink (Fleet API), and registering nodes, submitting and watching a run (Control API), both in
+SuperLink (Fleet API), and registering nodes, submitting and stopping a run (Control API), both in
 process.
 
 `FleetSession` speaks to the SuperLink through Flower's HTTP client itself and not through
@@ -317,19 +317,6 @@ def _reason(error: httpx.HTTPStatusError) -> str:
 # Control API. Imported when used: a bridge needs none of it and starts sooner.
 
 
-@dataclass(frozen=True)
-class RunStatus:
-    """State of a Flower run: pending, starting, running, finished:completed, finished:failed or
-    finished:stopped."""
-
-    state: str
-    details: str = ""
-
-    @property
-    def finished(self) -> bool:
-        return self.state.startswith("finished")
-
-
 def register_node(
     address: str, name: str, public_key: bytes, tls: ssl.SSLContext | None = None
 ) -> None:
@@ -351,7 +338,7 @@ def register_node(
         raise ControlError("no public key of a NIST curve")
     # A node shows its key in PEM, and the SuperLink compares the bytes.
     pem = public_key_to_bytes(key)
-    with _control(address, tls) as client:
+    with control(address, tls) as client:
         client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
 
 
@@ -376,7 +363,7 @@ def submit_run(
     request = StartRunRequest(
         fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
     )
-    with _control(address, tls) as client:
+    with control(address, tls) as client:
         return client.StartRun(request).run_id
 
 
@@ -388,26 +375,13 @@ def stop_run(address: str, run_id: int, tls: ssl.SSLContext | None = None) -> No
     """
     from flwr.proto.control_pb2 import StopRunRequest
 
-    with _control(address, tls) as client:
+    with control(address, tls) as client:
         client.StopRun(StopRunRequest(run_id=run_id))
 
 
-def run_status(address: str, run_id: int, tls: ssl.SSLContext | None = None) -> RunStatus:
-    """State of a run.
-
-    Raises:
-        ControlError: the SuperLink does not know the run or cannot be reached.
-    """
-    from flwr.proto.control_pb2 import ListRunsRequest
-
-    with _control(address, tls) as client:
-        status = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
-    state = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
-    return RunStatus(state, status.details)
-
-
 @contextmanager
-def _control(address: str, tls: ssl.SSLContext | None) -> Iterator["ControlHttpClient"]:
+def control(address: str, tls: ssl.SSLContext | None) -> Iterator["ControlHttpClient"]:
+    """Flower's client of the Control API, whose errors become ControlError."""
     from flwr.supercore.control import ControlHttpClient
 
     interceptor = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
