@@ -1,6 +1,7 @@
 """Sessions with a real SuperLink, and runs on it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
 
 @pytest.fixture
 def session(superlink: SuperLink) -> Iterator[FleetSession]:
-    with FleetSession(superlink.address) as opened:
+    with closing(FleetSession(superlink.address)) as opened:
         yield opened
 
 
@@ -89,7 +90,7 @@ def test_heartbeat_is_sent_when_it_is_due(
     superlink: SuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet, "HEARTBEAT_EVERY", 0.0)
-    with FleetSession(superlink.address) as session:
+    with closing(FleetSession(superlink.address)) as session:
         before = len(superlink.log.read_text())
         session.next_message()
         assert "/v1/fleet/send-node-heartbeat" in superlink.log.read_text()[before:]
@@ -106,7 +107,7 @@ def test_session_ends_with_a_clear_error_when_the_superlink_was_restarted(tmp_pa
         superlink.start()
         with pytest.raises(SuperLinkLostError, match="does not know this node"):
             session.next_message()
-        with FleetSession(superlink.address) as again:
+        with closing(FleetSession(superlink.address)) as again:
             assert again.next_message() is None
     finally:
         session.close(sign_off=False)

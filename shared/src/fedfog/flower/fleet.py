@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
@@ -171,17 +170,6 @@ class FleetSession:
     @property
     def node_id(self) -> int:
         return self._node.node_id
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self.close(sign_off=not isinstance(error, SuperLinkLostError))
 
     def close(self, sign_off: bool = True) -> None:
         """End the session; with `sign_off`, the SuperLink forgets the node at once."""
