@@ -33,26 +33,9 @@ class Client:
     env: dict[str, str]
 
 
-@dataclass(frozen=True)
-class ClientEnded:
-    """The first client that ended; `code` is negative if a signal killed it."""
-
-    name: str
-    log: str
-    code: int
-
-
 def save(clients: Sequence[Client], path: Path) -> None:
     """Write what `main` reads."""
     path.write_text(json.dumps([asdict(client) for client in clients]))
-
-
-def ended(output: str) -> ClientEnded | None:
-    """The client whose end closed this process's output; None if none did."""
-    try:
-        return ClientEnded(**json.loads(output.splitlines()[-1]))
-    except (IndexError, TypeError, ValueError):
-        return None
 
 
 def main(path: Path) -> int:
@@ -82,8 +65,9 @@ def main(path: Path) -> int:
         pid, status = os.wait()
         client = children.pop(pid)
         if not stopping:
-            first = ClientEnded(client.name, client.log, os.waitstatus_to_exitcode(status))
-            sys.stdout.write(f"{json.dumps(asdict(first))}\n")
+            code = os.waitstatus_to_exitcode(status)
+            first = {"name": client.name, "log": client.log, "code": code}
+            sys.stdout.write(f"{json.dumps(first)}\n")
             return EXIT_FAILED
     return EXIT_OK
 
