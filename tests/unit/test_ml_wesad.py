@@ -2,56 +2,22 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
-import pickle2
 from fedfog.ml import wesad
 from fedfog.ml.own_data import load
 from fedfog.ml.task import DataError, TaskError, load_task
-from fedfog.ml.wesad import FEATURES, SIGNALS, Wesad, WesadUnscaled, read_recording, windows
+from fedfog.ml.wesad import FEATURES, Wesad, WesadUnscaled, read_recording, windows
+from recordings import BREATH, PULSE, recording, write
 
-PULSE, BREATH = 1.2, 0.25  # Hz
-PROTOCOL = ((0, 5), (1, 100), (0, 10), (2, 80), (4, 70), (3, 65), (7, 5))  # label, seconds
 WINDOWS = {1: [10, 20, 30, 40], 2: [120, 130], 3: [270]}  # label: start (s)
 SHORT = ((1, 62),)
-
-
-def recording(name: str, protocol: Sequence[tuple[int, int]] = PROTOCOL) -> dict[str, Any]:
-    """A person whose heart and breath are known, and who sweats under stress."""
-    draw = np.random.default_rng(int(name[1:]))
-    labels = np.repeat([label for label, _ in protocol], [700 * s for _, s in protocol])
-    devices: dict[str, dict[str, NDArray[Any]]] = {"chest": {}, "wrist": {}}
-    for signal in SIGNALS:
-        time = np.arange(len(labels) * signal.rate // 700) / signal.rate
-        values = draw.normal(size=(len(time), signal.columns)) * 0.05
-        match signal.key:
-            case "ECG":
-                values[:, 0] += np.exp(-(((time * PULSE) % 1 - 0.5) ** 2) / 2e-4)
-            case "BVP":
-                values[:, 0] += np.sin(2 * np.pi * PULSE * time)
-            case "Resp":
-                values[:, 0] += np.sin(2 * np.pi * BREATH * time)
-            case "EDA":
-                stressed = labels[(time * 700).astype(int)] == 2
-                values[:, 0] += draw.uniform(1, 9) + stressed
-        dtype = np.float32 if signal.key == "Temp" else np.float64
-        devices[signal.device][signal.key] = values.astype(dtype)
-    return {"signal": devices, "label": labels.astype(np.int32), "subject": name}
-
-
-def write(data_dir: Path, content: dict[str, Any], name: str = "", protocol: int = 2) -> Path:
-    name = name or content["subject"]
-    path = data_dir / "WESAD" / name / f"{name}.pkl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle2.dumps(content, protocol))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +133,16 @@ def test_calibrated_client_needs_nothing_but_its_own_recording(tmp_path: Path) -
     assert task.build_model(0)(inputs).shape == (1, 1)
 
 
+def test_client_with_the_recording_of_a_subject_to_test_on_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, recording("S7", SHORT))
+    with pytest.raises(DataError, match=r"S7\.pkl is of a subject to test on.*TASK=wesad\?test="):
+        load(Wesad(tmp_path, "S2,S7"), path)
+
+
+def test_card_names_the_subjects_to_test_on(tmp_path: Path) -> None:
+    assert "tested on, S2, S7, are not" in Wesad(tmp_path, "S2,S7").data_statement
+
+
 def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
         for key in keys[:-1]:
@@ -251,7 +227,8 @@ def test_without_recordings_the_command_says_where_they_belong(tmp_path: Path) -
 
 
 def test_without_features_the_task_says_the_command_that_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"run python -m fedfog.ml.wesad {tmp_path}"):
+    said = f"run python -m fedfog.ml.wesad {tmp_path}, or set DATA_DIR .*TASK_DIR"
+    with pytest.raises(DataError, match=said):
         Wesad(tmp_path).training_labels()
 
 

@@ -210,10 +210,6 @@ class Wesad(Task):
     description = "stress or no stress, from 60 s of chest and wrist signals scaled by subject"
     class_names = ("no stress", "stress")
     input_shape = (len(FEATURES),)
-    data_statement = (
-        "WESAD (Schmidt et al. 2018): windows of 60 s of 15 subjects, of whom some are only tested "
-        "on."
-    )
     limits = (
         "Few people, in one laboratory, with stress by one test: the figures say little about "
         "anybody else's days.\n\n**This is not a medical device.** It must not be used for "
@@ -228,6 +224,10 @@ class Wesad(Task):
                 + ", ".join(SUBJECTS)
             )
         self._test = [int(name[1:]) for name in test.split(",")]
+        self.data_statement = (
+            "WESAD (Schmidt et al. 2018): windows of 60 s. The subjects tested on, "
+            f"{', '.join(test.split(','))}, are not in the training set."
+        )
 
     def new_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(*self.input_shape, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -248,7 +248,15 @@ class Wesad(Task):
 
     def own_data(self, path: Path) -> TensorDataset:
         """A client's own recording, an official `S*.pkl`, or else what any task reads."""
-        return self._data_set(windows_of(path)) if path.suffix == ".pkl" else super().own_data(path)
+        if path.suffix != ".pkl":
+            return super().own_data(path)
+        table = windows_of(path)
+        if table.subjects[0] in self._test:
+            raise DataError(
+                f"{path} is of a subject to test on: leave this client out, or name others, "
+                f"TASK={self.name}?test=S2,S3 for example"
+            )
+        return self._data_set(table)
 
     def _scaled(self, table: Table) -> NDArray[np.float32]:
         scaled = np.empty_like(table.features)
@@ -272,7 +280,11 @@ class Wesad(Task):
     @cached_property
     def _table(self) -> Table:
         path = self._data_dir / "WESAD" / "features.npz"
-        remedy = f"run python -m fedfog.ml.wesad {self._data_dir} (data/WESAD/README.md)"
+        remedy = (
+            f"run python -m fedfog.ml.wesad {self._data_dir}, or set DATA_DIR (with Docker Compose "
+            "TASK_DIR, and add compose.task.yaml) to the folder that holds WESAD/ "
+            "(data/WESAD/README.md)"
+        )
         try:
             with np.load(path, allow_pickle=False) as content:
                 table = Table(*(content[field] for field in Table._fields))
