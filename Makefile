@@ -3,6 +3,7 @@ CLIENTS ?= 3
 ROUNDS ?= 3
 REGIONS ?= 1
 TIERS ?= 2
+FOG_ROUNDS ?= 1
 SEED ?= 42
 SECONDS ?= 120
 SECURE ?=
@@ -37,7 +38,7 @@ test-compose: env ## the tests of images and compose file; needs a Docker engine
 	$(VENV)/bin/pytest -m compose
 
 chaos: env ## kill and cut everything for SECONDS=120 after a schedule of SEED=42; is anything lost?
-	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED) --tiers $(TIERS)
+	@PYTHONPATH=tests $(VENV)/bin/python -m chaos --seconds $(SECONDS) --seed $(SEED) --tiers $(TIERS) --fog-rounds $(FOG_ROUNDS)
 
 fuzz: env ## 200,000 hostile payloads, packets and requests at everything that reads them: SEED=42
 	@PYTHONPATH=tests $(VENV)/bin/python -m fuzz --seed $(SEED)

@@ -31,6 +31,7 @@ def main() -> int:
         default=2,
         help="3: an aggregator over two of 3 regions",
     )
+    parser.add_argument("--fog-rounds", type=int, default=1, help="regional rounds in a global one")
     parser.add_argument("--folder", type=Path, help="takes logs, schedule.json and report.json")
     arguments = parser.parse_args()
     name = f"chaos-{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -41,8 +42,9 @@ def main() -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    # Alone, a fault must not meet the end of a run and the start of the next.
-    rounds: dict[str, Any] = {"ROUNDS": 100_000} if arguments.one_by_one else {}
+    rounds: dict[str, Any] = {"FOG_ROUNDS": arguments.fog_rounds}
+    if arguments.one_by_one:  # a fault must not meet the end of a run and the start of the next
+        rounds["ROUNDS"] = 100_000
     regions, clients, parent = (3, 3, "top") if arguments.tiers == 3 else (2, 4, "")
     federation = Federation(
         folder / "federation", regions, clients, parent=parent, say=say, **rounds

@@ -10,16 +10,20 @@ A promise that was broken is a `Breach` of one of these kinds:
 - `lost`: an accepted update is in no partial; a partial is in none of its parent, whose `left_out`
   does not name it; one that was received is not in the partial, though
   nothing happened to its owner or to the region; a partial is in no model and nobody says why;
+- `contradicted`: an update of the round at hand was answered with `late`, and is in the partial;
 - `forgotten`: a client does not repeat what it owes to a new boot of its aggregator;
-- `went back`: the server published an older model under the same id of the run;
+- `went back`: the server, or a region, published an older model under the same id of the run;
 - `rejected`: an update of our own clients was refused.
+
+With FOG_ROUNDS a region's model between two global ones is held to the same as a partial, and each
+is what the next regional round trained from. Its members are those who were told `accepted`.
 """
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +32,14 @@ from numpy.typing import NDArray
 
 from chaos.proxy import Sighting
 from chaos.schedule import BROKER, FLOWER, SERVER, role
-from fedfog.messages.codec import TensorMessage, Vector, decode, decode_json, digest_of
+from fedfog.messages.codec import (
+    TensorMessage,
+    Vector,
+    decode,
+    decode_json,
+    decode_meta,
+    digest_of,
+)
 from fedfog.messages.schemas import (
     ModelMeta,
     PartialMeta,
@@ -38,6 +49,7 @@ from fedfog.messages.schemas import (
     Status,
     UpdateMeta,
     Verdict,
+    numbered,
 )
 from fedfog.messages.topics import Topics
 from fedfog.runs import History, Rewind, RunInfo, Summary
@@ -55,12 +67,32 @@ class UpdateId(NamedTuple):
     round: int
     region: str
     client: str
+    fog_round: int = 1
+
+    def __str__(self) -> str:
+        number = numbered(self.round, self.fog_round)
+        return f"{self.run}/{number}/{self.region}/{self.client}"
 
 
 class PartialId(NamedTuple):
     run: str
     round: int
     region: str
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.round}/{self.region}"
+
+
+class RegionalId(NamedTuple):
+    """Of what a region makes in one regional round."""
+
+    run: str
+    round: int
+    region: str
+    fog_round: int
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.round}.{self.fog_round}/{self.region}"
 
 
 @dataclass(frozen=True)
@@ -147,11 +179,25 @@ class _Partial:
     at: float
     boot: int | None
 
+    @property
+    def members(self) -> Collection[str]:
+        return self.message.meta.members
+
 
 @dataclass
 class _Model:
     digest: str
     at: float
+
+
+@dataclass
+class _Regional(_Model):
+    """A region's model, and who was told `accepted` for it."""
+
+    vector: Vector
+    share: tuple[int, int]  # clients and examples
+    boot: int | None
+    members: Collection[str] = ()
 
 
 class Ledger:
@@ -163,25 +209,33 @@ class Ledger:
         self.breaches: list[Breach] = []
         self.updates: dict[UpdateId, _Update] = {}
         self.partials: dict[PartialId, _Partial] = {}
+        self.regionals: dict[RegionalId, _Regional] = {}
         self.models: dict[tuple[str, int], _Model] = {}
         self.accepted: set[UpdateId] = set()
+        self.late: set[UpdateId] = set()  # of the round that was the region's newest then
         self.parents: dict[str, str] = {}  # of regions under another aggregator
         self._faults = faults
         self._end = log[-1].at if log else 0.0
         self._boots: dict[str, int] = {}
-        self._newest_model = (0, -1)
+        self._newest: dict[str, tuple[int, int, int]] = {}  # model of each topic
+        self._opened: dict[str, tuple[int, int, str]] = {}  # newest round that each region knows
+        self._fog_rounds: dict[str, int] = {}  # of each run
+        self._members: dict[RegionalId, list[str]] = {}  # that were told `accepted` together
+        self._counted: dict[tuple[str, int, int, str], str] = {}  # region that has an update
         self._down: dict[str, list[Sighting]] = defaultdict(list)  # of each client
         self._runs = runs
         self._records: dict[tuple[str, int], RoundRecord] = {}  # of the runs' folders
         self._told: dict[tuple[str, int], RoundRecord] = {}  # and on the wire
         for sighting in log:
             self._read(sighting)
+        self._check_regionals()
         self._check_partials()
         for run in runs:
             self._check_run(run)
         self._check_models()
         self._check_places()
         self._check_accepted()
+        self._check_late()
         self._check_received()
         self._check_debts()
 
@@ -193,6 +247,7 @@ class Ledger:
             "rounds": len(self._records),
             "updates": len(self.updates),
             "accepted": len(self.accepted),
+            "regional_models": len(self.regionals),
             "partials": len(self.partials),
             "regions_left_out": sum(len(r.left_out) for r in self._records.values())
             + sum(
@@ -204,13 +259,13 @@ class Ledger:
             "lost": kinds["lost"] + kinds["forgotten"],
             "double_counted": kinds["double-counted"],
             "wrong_sums": kinds["wrong sum"] + kinds["wrong model"] + kinds["two versions"],
-            "other_breaches": kinds["went back"] + kinds["rejected"],
+            "other_breaches": kinds["went back"] + kinds["contradicted"] + kinds["rejected"],
         }
 
     # Reading
 
     def _breach(self, kind: str, id_: object, what: str) -> None:
-        name = "/".join(map(str, id_)) if isinstance(id_, tuple) else str(id_)
+        name = "/".join(map(str, id_)) if type(id_) is tuple else str(id_)
         self.breaches.append(Breach(kind, name, what))
 
     def _read(self, s: Sighting) -> None:
@@ -221,8 +276,13 @@ class Ledger:
             self._read_update(s)
         elif topic.startswith(TOPICS.partial) and s.up:
             self._read_partial(s)
-        elif topic == TOPICS.global_model and s.up:
+        elif topic.startswith((TOPICS.global_model, TOPICS.regional_model(""))) and s.up:
             self._read_model(s)
+        elif topic == TOPICS.global_model and role(s.service) == "aggregator":
+            model = decode_meta(s.payload, ModelMeta)
+            opened = (model.run_started, model.round + 1, model.run)
+            region = s.service.removesuffix("-aggregator")
+            self._opened[region] = max(opened, self._opened.get(region, opened))
         elif topic == TOPICS.history and s.up:
             record = decode_json(s.payload, RoundRecord)
             self._told[record.run, record.round] = record
@@ -236,7 +296,7 @@ class Ledger:
     def _read_update(self, s: Sighting) -> None:
         message = decode(s.payload, UpdateMeta)
         meta = message.meta
-        key = UpdateId(meta.run, meta.round, meta.region, meta.client)
+        key = UpdateId(meta.run, meta.round, meta.region, meta.client, meta.fog_round)
         known = self.updates.setdefault(key, _Update(message))
         known.sent.append(s.at)
         then = known.message
@@ -259,60 +319,133 @@ class Ledger:
             )
 
     def _read_model(self, s: Sighting) -> None:
+        """A global model, or a region's between two of them."""
         message = decode(s.payload, ModelMeta)
         meta, digest = message.meta, digest_of(message.vector)
-        if (meta.run_started, meta.round) < self._newest_model:
-            self._breach("went back", meta.run, f"to model {meta.round}")
-        self._newest_model = max(self._newest_model, (meta.run_started, meta.round))
-        known = self.models.setdefault((meta.run, meta.round), _Model(digest, s.at))
-        if {known.digest, meta.digest} != {digest}:
-            self._breach("two versions", (meta.run, meta.round), "the model has another content")
+        at = (meta.run_started, meta.round, meta.fog_round)
+        newest = self._newest.get(s.topic, at)
+        self._newest[s.topic] = max(newest, at)
+        key: tuple[object, ...]
+        if s.topic == TOPICS.global_model:
+            key = (meta.run, meta.round)
+            self._fog_rounds[meta.run] = meta.hyperparameters.fog_rounds
+            known = self.models.setdefault(key, _Model(digest, s.at))
+            same = True
+        else:
+            region = s.topic.rpartition("/")[2]
+            told, boot = meta.regions[region], self._boots.get(region)
+            share = (told.num_clients, told.num_examples)
+            key = RegionalId(meta.run, meta.round + 1, region, meta.fog_round)
+            regional = _Regional(digest, s.at, message.vector, share, boot)
+            known = regional = self.regionals.setdefault(key, regional)
+            same = regional.share == share
+        if at < newest:
+            self._breach("went back", meta.run, f"{s.topic} to model {meta.round}.{meta.fog_round}")
+        if {known.digest, meta.digest} != {digest} or not same:
+            self._breach("two versions", key, "the model has another content")
 
     def _read_receipt(self, s: Sighting, levels: list[str]) -> None:
+        region = levels[2]
         if len(levels) == 3:
             closed = decode_json(s.payload, RegionReceipt)
+            of = RegionalId(closed.run, closed.round, region, closed.fog_round)
+            if self._members.setdefault(of, closed.members) != closed.members:
+                self._breach("two versions", of, "others were told `accepted`")
             for member in closed.members:
-                self.accepted.add(UpdateId(closed.run, closed.round, levels[2], member))
+                self.accepted.add(UpdateId(*of[:3], member, closed.fog_round))
             return
         receipt = decode_json(s.payload, Receipt)
         if receipt.run is None or receipt.round is None:
             self._breach("rejected", levels[3], receipt.reason)
             return
-        key = UpdateId(receipt.run, receipt.round, levels[2], levels[3])
+        key = UpdateId(receipt.run, receipt.round, region, levels[3], receipt.fog_round)
         if receipt.verdict is Verdict.ACCEPTED:
             self.accepted.add(key)
         elif receipt.verdict is Verdict.REJECTED:
             self._breach("rejected", key, receipt.reason)
-        elif receipt.verdict is Verdict.RECEIVED and key in self.updates:
+        elif receipt.verdict is Verdict.LATE:
+            _, *newest = self._opened.get(region, (0, 0, ""))
+            if newest == [key.round, key.run]:  # of an older one nobody remembers who was in it
+                self.late.add(key)
+        elif key in self.updates:
             self.updates[key].received.append((s.at, receipt.boot))
 
     # Sums
 
+    def _check_regionals(self) -> None:
+        for key, regional in self.regionals.items():
+            regional.members = self._members.get(key, ())
+            sent = self._gather(key, key, regional.members)
+            if len(sent) < len(regional.members):
+                continue  # said by _gather
+            parts = [(update.message.vector, update.message.meta.num_examples) for update in sent]
+            told = (len(parts), sum(examples for _, examples in parts))
+            if regional.share != told:
+                kind = "lost" if regional.share < told else "double-counted"
+                what = f"(clients, examples) {regional.share}, but {told} were told `accepted`"
+                self._breach(kind, key, what)
+            elif not any(  # it does not say in which order they were added
+                np.array_equal(weighted_mean(order), regional.vector)
+                for order in permutations(parts)
+            ):
+                self._breach("wrong sum", key, "not the mean of the accepted updates")
+
     def _check_partials(self) -> None:
-        counted: dict[tuple[str, int, str], PartialId] = {}
         for key, partial in self.partials.items():
-            meta, vectors = partial.message.meta, []
-            for client, examples in meta.members.items():
-                update = self._sent(key, client)
-                if update is None or update.message.meta.num_examples != examples:
-                    self._breach("wrong sum", key, f"{client} sent no update of {examples}")
-                    continue
-                vectors.append((update.message.vector, examples))
-                if (other := counted.setdefault((*key[:2], client), key)) != key:
-                    self._breach("double-counted", key, f"{client} is in {other.region}, too")
+            meta, of = partial.message.meta, self._closing(key)
+            sent = self._gather(key, of, meta.members)
+            before = [self.regionals.get(of._replace(fog_round=n)) for n in range(1, of.fog_round)]
+            shares = [regional.share if regional else None for regional in before]
+            if [(told.num_clients, told.num_examples) for told in meta.regional] != shares:
+                self._breach("wrong sum", key, "its regional rounds are not those on the wire")
+            parts = [(update.message.vector, update.message.meta.num_examples) for update in sent]
             if (weight := sum(meta.members.values())) != meta.num_examples:
                 what = f"{meta.num_examples} examples of members that have {weight}"
                 self._breach("double-counted", key, what)
-            elif len(vectors) == len(meta.members) and not np.array_equal(
-                weighted_mean(vectors), partial.message.vector
-            ):
+            elif len(sent) < len(meta.members):
+                continue  # said by _gather
+            elif [examples for _, examples in parts] != list(meta.members.values()):
+                self._breach("wrong sum", key, "its members sent updates of other examples")
+            elif not np.array_equal(weighted_mean(parts), partial.message.vector):
                 self._breach("wrong sum", key, "not the mean of its members' updates")
 
-    def _sent(self, key: PartialId, member: str) -> _Update | _Partial | None:
-        """What a member of a partial sent: a client its update, a region its partial."""
-        if self.parents.get(member) == key.region:
-            return self.partials.get(PartialId(key.run, key.round, member))
-        return self.updates.get(UpdateId(*key, member))
+    def _gather(
+        self, key: object, of: RegionalId, members: Iterable[str]
+    ) -> list[_Update | _Partial]:
+        """What the members of an aggregate sent, trained from what it is to be trained from, and
+        counted nowhere else."""
+        base, found = self._base_of(of), []
+        for member in members:
+            sent = self._sent(of, member)
+            if sent is None:
+                self._breach("wrong sum", key, f"{member} sent nothing for it")
+                continue
+            if base not in (None, sent.message.meta.base_digest):
+                self._breach("wrong sum", f"{key}/{member}", "of another base model")
+            at = (of.run, of.round, of.fog_round, member)
+            if (other := self._counted.setdefault(at, of.region)) != of.region:
+                self._breach("double-counted", key, f"{member} is in {other}, too")
+            found.append(sent)
+        return found
+
+    def _closing(self, key: PartialId) -> RegionalId:
+        """The regional round that makes the partial; an aggregator above others has one."""
+        above = key.region in self.parents.values()
+        return RegionalId(*key, 1 if above else self._fog_rounds.get(key.run, 1))
+
+    def _base_of(self, of: RegionalId) -> str | None:
+        """Digest of what its updates were to be trained from; None if no model 0 was seen."""
+        if of.fog_round > 1:
+            regional = self.regionals.get(of._replace(fog_round=of.fog_round - 1))
+            return regional.digest if regional else ""
+        model = self.models.get((of.run, of.round - 1))
+        return model.digest if model else None
+
+    def _sent(self, of: RegionalId, member: str) -> _Update | _Partial | None:
+        """What a member of an aggregate sent: a client its update, a region its partial."""
+        if self.parents.get(member) == of.region:
+            return self.partials.get(PartialId(of.run, of.round, member))
+        return self.updates.get(UpdateId(*of[:3], member, of.fog_round))
 
     def _check_run(self, run: RunFolder) -> None:
         """Records, and the models that they say."""
@@ -347,14 +480,13 @@ class Ledger:
         key = (record.run, record.round)
         parts: list[tuple[Vector, int]] = []
         flat: list[tuple[Vector, int]] = []
-        base = self.models.get((record.run, record.round - 1))
         for region, meta in sorted(record.regions.items()):
             partial = self.partials.get(PartialId(*key, region))
             if partial is None or partial.message.meta != meta:
                 self._breach("wrong model", key, f"its partial of {region} is not the published")
                 return
             parts.append((partial.message.vector, meta.num_examples))
-            if not self._flatten(PartialId(*key, region), partial, base, flat):
+            if not self._flatten(PartialId(*key, region), partial, flat):
                 return  # said by _check_partials
         mean = weighted_mean(parts)
         if digest_of(mean) != model.digest:
@@ -362,24 +494,15 @@ class Ledger:
         elif not np.allclose(mean, weighted_mean(flat), rtol=1e-5, atol=1e-7):
             self._breach("wrong model", key, "not the mean of all accepted updates")
 
-    def _flatten(
-        self,
-        key: PartialId,
-        partial: _Partial,
-        base: _Model | None,
-        flat: list[tuple[Vector, int]],
-    ) -> bool:
+    def _flatten(self, key: PartialId, partial: _Partial, flat: list[tuple[Vector, int]]) -> bool:
         """Gather all updates below a partial; False if one is missing."""
-        for member in partial.message.meta.members:
-            sent = self._sent(key, member)
+        for member in partial.members:
+            sent = self._sent(self._closing(key), member)
             if sent is None:
                 return False
-            meta = sent.message.meta
-            if base is not None and meta.base_digest != base.digest:
-                self._breach("wrong sum", (*key, member), "of another base model")
             if isinstance(sent, _Update):
-                flat.append((sent.message.vector, meta.num_examples))
-            elif not self._flatten(PartialId(key.run, key.round, member), sent, base, flat):
+                flat.append((sent.message.vector, sent.message.meta.num_examples))
+            elif not self._flatten(PartialId(key.run, key.round, member), sent, flat):
                 return False
         return True
 
@@ -400,8 +523,16 @@ class Ledger:
     def _void(self, run: str, round_: int) -> bool:
         return any(folder.voids(run, round_) for folder in self._runs)
 
+    def _excused(self, key: PartialId) -> bool:
+        """It is said that the region has no part in the model."""
+        return self._left_out(key) or self._void(key.run, key.round)
+
     def _check_places(self) -> None:
-        """Each partial is in its model, or its region is left out by name."""
+        """Each partial is in its model, or its region is left out by name; so is what leads to a
+        partial."""
+        for of in self.regionals:
+            if (key := PartialId(*of[:3])) not in self.partials and not self._excused(key):
+                self._breach("lost", of, "no partial came of it, and nobody says why")
         for key, partial in self.partials.items():
             record = self._records.get(key[:2])
             if record is None:
@@ -418,22 +549,41 @@ class Ledger:
             elif not self._left_out(key):
                 self._breach("lost", key, "the partial is in no model, and nobody says why")
 
+    def _aggregate_of(self, key: UpdateId) -> _Partial | _Regional | None:
+        """Where an update belongs."""
+        of = PartialId(*key[:3])
+        if self._closing(of).fog_round == key.fog_round:
+            return self.partials.get(of)
+        return self.regionals.get(RegionalId(*of, key.fog_round))
+
     def _check_accepted(self) -> None:
         for key in self.accepted:
-            partial = self.partials.get(PartialId(*key[:3]))
-            if partial is None or key.client not in partial.message.meta.members:
-                self._breach("lost", key, "accepted, but in no partial")
+            aggregate, of = self._aggregate_of(key), PartialId(*key[:3])
+            if aggregate is None:
+                # A region's model is published after the receipts: it may have come to nothing.
+                last = self._closing(of).fog_round == key.fog_round
+                if last or not self._excused(of):
+                    self._breach("lost", key, "accepted, but in no aggregate")
+            elif key.client not in aggregate.members:
+                self._breach("lost", key, "accepted, but not in its aggregate")
+
+    def _check_late(self) -> None:
+        for key in self.late:
+            aggregate = self._aggregate_of(key)
+            if key in self.accepted or (aggregate and key.client in aggregate.members):
+                self._breach("contradicted", key, "answered with `late`, and it is counted")
+            elif aggregate is None and not self._excused(PartialId(*key[:3])):
+                self._breach("lost", key, "answered with `late`, and its round was never closed")
 
     def _check_received(self) -> None:
         for key, update in self.updates.items():
-            partial = self.partials.get(PartialId(*key[:3]))
-            if not update.received or (partial and key.client in partial.message.meta.members):
+            aggregate = self._aggregate_of(key)
+            if not update.received or (aggregate and key.client in aggregate.members):
                 continue
-            if partial and any(boot == partial.boot for _, boot in update.received):
+            if aggregate and any(boot == aggregate.boot for _, boot in update.received):
                 self._breach("lost", key, "received by the boot that published without it")
                 continue
-            region = PartialId(*key[:3])
-            if self._left_out(region) or self._void(key.run, key.round):
+            if self._excused(PartialId(*key[:3])):
                 continue
             names = (f"{key.region}-{key.client}", f"{key.region}-aggregator", BROKER)
             opened = self.models.get((key.run, key.round - 1))
@@ -479,15 +629,21 @@ class Ledger:
     @staticmethod
     def _settles(s: Sighting, key: UpdateId) -> bool:
         """The client is told that it owes this update no more."""
+        at = (key.run, key.round, key.fog_round)
         if s.topic == TOPICS.global_model:
-            model = decode(s.payload, ModelMeta).meta
+            model = decode_meta(s.payload, ModelMeta)
             return (model.run, model.round + 1) != key[:2]
+        if s.topic == TOPICS.regional_model(key.region):
+            model = decode_meta(s.payload, ModelMeta)
+            return model.run == key.run and (model.round + 1, model.fog_round + 1) > at[1:]
         if s.topic == TOPICS.receipts(key.region):
             closed = decode_json(s.payload, RegionReceipt)
-            return (closed.run, closed.round) == key[:2] and key.client in closed.members
+            told = (closed.run, closed.round, closed.fog_round)
+            return told == at and key.client in closed.members
         if s.topic == TOPICS.receipts(key.region, key.client):
             receipt = decode_json(s.payload, Receipt)
-            return (receipt.run, receipt.round) == key[:2] and receipt.verdict != Verdict.RECEIVED
+            told_one = (receipt.run, receipt.round, receipt.fog_round)
+            return told_one == at and receipt.verdict != Verdict.RECEIVED
         return False
 
     def _disturbed(self, names: Sequence[str], began: float, ended: float) -> bool:

@@ -30,6 +30,8 @@ REGIONS: Mapping[str, Members] = {"region_0": {"c0": 10, "c1": 30}, "region_1": 
 class Wire:
     """A federation of three clients in two regions, written down message by message, 0.1 s each."""
 
+    fog_rounds = 1
+
     def __init__(self) -> None:
         self.log: list[Sighting] = []
         self.records: list[RoundRecord] = []
@@ -40,14 +42,16 @@ class Wire:
         self.log.append(Sighting(0.1 * len(self.log), service, up, topic, payload))
 
     def publish_model(self, round: int, run: str = "run", finished: bool = False) -> None:
-        payload = wire.model(self.model, round, run, finished=finished)
+        payload = wire.model(self.model, round, run, finished=finished, fog_rounds=self.fog_rounds)
         self.put("server", "fl/global_model", payload)
         for region, members in REGIONS.items():
+            self.put(f"{region}-aggregator", "fl/global_model", payload, up=False)
             for client in members:
                 self.put(f"{region}-{client}", "fl/global_model", payload, up=False)
 
-    def trained(self, client: str, round: int) -> Vector:
-        return self.model + np.float32(0.1 * (1 + int(client[1:])) / round)
+    def trained(self, client: str, round: int, base: Vector | None = None) -> Vector:
+        base = self.model if base is None else base
+        return base + np.float32(0.1 * (1 + int(client[1:])) / round)
 
     def update(self, region: str, client: str, round: int, **other: Any) -> None:
         fields = {"base": self.model, "vector": self.trained(client, round)} | other
@@ -56,9 +60,9 @@ class Wire:
         self.put(f"{region}-{client}", f"fl/updates/{region}/{client}", payload)
 
     def receipt(
-        self, region: str, client: str, round: int, verdict: Verdict, boot: int = 1
+        self, region: str, client: str, round: int, verdict: Verdict, fog_round: int = 1
     ) -> None:
-        told = Receipt(run="run", round=round, verdict=verdict, boot=boot)
+        told = Receipt(run="run", round=round, fog_round=fog_round, verdict=verdict, boot=1)
         topic = f"fl/receipts/{region}/{client}"
         for service, up in ((f"{region}-aggregator", True), (f"{region}-{client}", False)):
             self.put(service, topic, told.to_json(), up)
@@ -89,8 +93,10 @@ class Wire:
         self.put(f"{region}-aggregator", f"fl/partial/{region}", encode(meta, wire.TABLE, vector))
         return meta, vector
 
-    def accept(self, region: str, round: int, *members: str) -> None:
-        told = RegionReceipt(run="run", round=round, boot=1, members=list(members))
+    def accept(self, region: str, round: int, *members: str, fog_round: int = 1) -> None:
+        told = RegionReceipt(
+            run="run", round=round, fog_round=fog_round, boot=1, members=list(members)
+        )
         self.put(f"{region}-aggregator", f"fl/receipts/{region}", told.to_json())
         for client in REGIONS[region]:
             self.put(f"{region}-{client}", f"fl/receipts/{region}", told.to_json(), up=False)
@@ -231,6 +237,16 @@ def break_debt(log: Wire) -> None:
         log.status("region_0", 1)
 
 
+def break_base(log: Wire) -> None:
+    log.update("region_1", "c2", 1, base=wire.constant(9.0))
+    log.partial("region_1", 1)
+
+
+def break_late(log: Wire) -> None:
+    log.close_round(1)
+    log.receipt("region_1", "c2", 1, Verdict.LATE)
+
+
 def break_rejection(log: Wire) -> None:
     log.update("region_1", "c2", 1)
     log.receipt("region_1", "c2", 1, Verdict.REJECTED)
@@ -250,6 +266,8 @@ def break_rejection(log: Wire) -> None:
         (break_history, ("lost", "run/1/region_1")),
         (break_order, ("went back", "run")),
         (break_debt, ("forgotten", "run/1/region_1/c2")),
+        (break_base, ("wrong sum", "run/1/region_1/c2")),
+        (break_late, ("contradicted", "run/1/region_1/c2")),
         (break_rejection, ("rejected", "run/1/region_1/c2")),
     ],
     ids=lambda value: getattr(value, "__name__", "") or "",

@@ -27,6 +27,36 @@ def count_again() -> None:
             rounds.TABLE[rounds.UpdateArrived][phase] = update
 
 
+def count_late() -> None:
+    """The aggregator counts an update of an earlier regional round in the one at hand."""
+    from fedfog.core import rounds
+
+    original = rounds.RegionRounds._update
+
+    def update(self: rounds.RegionRounds, event: Any, now: float) -> list[rounds.Action]:
+        if (event.run, event.round) == (self.run, self.round) and event.fog_round < self.fog_round:
+            event = replace(event, fog_round=self.fog_round, base_digest=self._digest)
+        return original(self, event, now)
+
+    for phase, handler in rounds.TABLE[rounds.UpdateArrived].items():
+        if handler is original:
+            rounds.TABLE[rounds.UpdateArrived][phase] = update
+
+
+def late_to_members() -> None:
+    """The aggregator does not know who was in an earlier regional round."""
+    from fedfog.core import rounds
+
+    original = rounds.RegionRounds._stale
+
+    def stale(self: rounds.RegionRounds, event: Any) -> list[rounds.Action] | None:
+        if (event.run, event.round) == (self.run, self.round) and event.fog_round < self.fog_round:
+            return [self._answer(event, "late")]
+        return original(self, event)
+
+    rounds.RegionRounds._stale = stale  # type: ignore[method-assign]
+
+
 def receipt_before_commit() -> None:
     """The aggregator says `accepted` before it has stored the partial, on a disk that is slow."""
     from fedfog.core import rounds
