@@ -48,7 +48,7 @@ MESSAGES = 7  # per client at the broker: model, update in and out, receipts, tw
 STEPS = ("birth", "update", "close", "open", "death", "return", "newcomer")
 KEYS = ("clients", "regions", "parameters", "median_s", "fitted_s", "error")
 PLACE = ("clients", "regions", "tiers", "brokers")
-CORE_CLIENTS = (100, 1_000, 10_000, 100_000)
+CORE_CLIENTS = (100, 1_000, 9_000)  # a region admits MAX_CLIENTS
 LINK = 8 / 1000  # seconds per megabyte at 1 Gbit/s
 
 Row = dict[str, Any]
@@ -59,16 +59,16 @@ Row = dict[str, Any]
 
 def core_costs(clients: int) -> Row:
     """Microseconds of one core and bytes for each client of one region, without any shell."""
-    row: Row = {"clients": clients} | _one_round(clients)[0]
+    row: Row = {"clients": clients} | one_round(clients)[0]
     tracemalloc.start()
-    _, region = _one_round(clients)
+    _, region = one_round(clients)
     row["bytes"] = round(tracemalloc.get_traced_memory()[0] / clients)
     tracemalloc.stop()
     assert len(region.present) >= clients
     return row
 
 
-def _one_round(clients: int) -> tuple[Row, rounds.RegionRounds]:
+def one_round(clients: int) -> tuple[Row, rounds.RegionRounds]:
     """All come and send; in the next round some die, come again, and others are new."""
     names = [name_of(i) for i in range(clients)]
     vector = np.ones(1, np.float32)
@@ -511,6 +511,7 @@ def blocks(report: Mapping[str, Any]) -> dict[str, str]:
                     [f"clients in a region, names of {length} characters", f"{most:,}"]
                     for length, most in scaling["largest_region"].items()
                 ),
+                ["clients that an aggregator admits", f"{rounds.MAX_CLIENTS:,}"],
                 [
                     "clients in a region whose receipt of a close is as large as an update",
                     f"{sizes.update // sizes.member:,}",

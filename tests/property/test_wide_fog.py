@@ -4,6 +4,7 @@ not have."""
 from collections import Counter
 
 import numpy as np
+from bench.scaling import CORE_CLIENTS, FEW, one_round
 from bench.simulation import Costs, Fog, Layout, examples_of, kind_of, name_of
 
 CLIENTS, REGIONS, TIERS = 2_000, 4, 3
@@ -38,3 +39,11 @@ def test_a_slow_queue_is_met_with_patience_and_a_sudden_one_with_repeats() -> No
     first, *_, last = slow.run(3)
     assert first.copies > 1.1
     assert last.copies == 1.0
+
+
+def test_the_widest_region_of_the_scaling_page_closes_its_round_and_admits_newcomers() -> None:
+    """A full region refuses them, which is quick and no cost of a round."""
+    clients = max(CORE_CLIENTS)
+    _, region = one_round(clients)
+    assert region.round == 2
+    assert len(region.present) == clients + FEW
