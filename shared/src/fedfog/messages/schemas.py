@@ -322,8 +322,8 @@ class Receipt(Payload):
     fog_round: FogRound = 1
     verdict: Verdict = Field(
         description="`received`: in the memory of this boot, keep it; `accepted`: in a committed "
-        "partial; `late`, `rejected`: in none (`late` is also a repeat in a later round of one that "
-        "was accepted)"
+        "partial; `late`, `rejected`: in none (`late` is also a repeat, in a later round, of "
+        "one that was accepted)"
     )
     reason: str = Field("", description="why it is `late` or `rejected`")
     boot: Boot
