@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 
 import wire
-from chaos import schedule
-from chaos.federation import Federation
 from chaos.ledger import weighted_mean
 from chaos.test_chaos_ledger import REGIONS, Members, Wire
+from chaos.test_chaos_seeds import SECONDS, endure
 from fedfog.cli.broker import installed_mosquitto
 from fedfog.messages.codec import Vector, digest_of, encode
 from fedfog.messages.schemas import ClientMetrics, PartialMeta, Verdict
 
-SECONDS = 45.0
 Part = tuple[PartialMeta, Vector]
 
 
@@ -111,20 +109,6 @@ def test_wrong_partial_of_a_parent_is_named(
 
 @pytest.mark.skipif(installed_mosquitto() is None, reason="needs Mosquitto")
 def test_nothing_is_lost_or_counted_twice_on_three_tiers(tmp_path: Path) -> None:
-    said: list[str] = []
-    federation = Federation(tmp_path / "f", regions=3, clients=2, parent="top", say=said.append)
-    faults = schedule.draw(5, SECONDS, federation.targets)
-    schedule.save(faults, tmp_path / "schedule.json")
-    try:
-        federation.start()
-        federation.torment(faults, SECONDS)
-        federation.stop()
-    finally:
-        federation.close()
-    report = federation.report()
-    story = "\n".join([*map(str, faults), *said, str(report["figures"])])
-    assert report["breaches"] == [], story
-    assert federation.failures == [], story
-    assert any("aggregator" in fault.target for fault in faults)
-    assert report["figures"]["faults"] >= 10, story
-    assert report["figures"]["accepted"] > 0
+    figures, story = endure(tmp_path, 5, SECONDS, regions=3, clients=2, parent="top")
+    assert figures["faults"] >= 10, story
+    assert figures["accepted"] > 0, story

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import wire
-from chaos import schedule
 from chaos.federation import Federation
 from chaos.ledger import Ledger, RunFolder, weighted_mean
 from chaos.schedule import Fault
 from chaos.test_chaos_ledger import REGIONS, Members, Wire
+from chaos.test_chaos_seeds import endure
 from conftest import LIMIT
 from fedfog.cli.broker import installed_mosquitto
 from fedfog.messages.codec import Vector, decode_meta, encode
@@ -323,23 +323,8 @@ def test_aggregator_that_takes_an_update_for_one_of_another_regional_round_is_ca
 
 @NEEDS_MOSQUITTO
 def test_nothing_is_lost_or_counted_twice_in_regional_rounds(tmp_path: Path) -> None:
-    said: list[str] = []
-    federation = Federation(
-        tmp_path / "f", clients=3, say=said.append, FOG_ROUNDS=FOG_ROUNDS, ROUNDS=10
-    )
-    faults = schedule.draw(3, SECONDS, federation.targets)
-    schedule.save(faults, tmp_path / "schedule.json")
-    try:
-        federation.start()
-        federation.torment(faults, SECONDS)
-        federation.stop()
-    finally:
-        federation.close()
-    report = federation.report()
-    figures, story = report["figures"], "\n".join([*map(str, faults), *said, str(report)])
-    assert report["breaches"] == [], story
-    assert federation.failures == [], story
-    assert any("aggregator" in fault.target for fault in faults)
+    layout = {"clients": 3, "FOG_ROUNDS": FOG_ROUNDS, "ROUNDS": 10}
+    figures, story = endure(tmp_path, 3, SECONDS, **layout)
     assert figures["faults"] >= 5, story
     assert figures["accepted"] > figures["partials"], story
     assert figures["regional_models"] >= (FOG_ROUNDS - 1) * figures["partials"] > 0, story
